@@ -1,0 +1,138 @@
+"""What a dataset is: its fields, history and texts, read from `schema.yaml` and checked."""
+
+import hashlib
+import json
+import string
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctrdist.errors import UserError, nearest
+
+CATEGORICAL = "categorical"
+MULTI = "multi"
+KINDS = (CATEGORICAL, MULTI)
+
+USER_ID, ITEM_ID, LABEL, TIMESTAMP, HISTORY = "user_id", "item_id", "label", "timestamp", "history"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One feature of the model.
+
+    Args:
+        name: column of the Parquet files it is read from.
+        kind: `categorical` (one value, string or integer) or `multi` (a list of values, mean-pooled).
+        min_count: values with fewer training rows than this share the unknown row, which is so trained.
+    """
+
+    name: str
+    kind: str = CATEGORICAL
+    min_count: int = 1
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns of a log and what they mean.
+
+    Args:
+        user: fields of the user, columns of the log.
+        item: fields of the item, columns of `items/`; joined late, for the target and for every behaviour.
+        context: fields of the impression, columns of the log.
+        history_length: the most recent behaviours used, at most this many; 0 where the log has no `history` column.
+        text: the parts of an item's text, each with one or more `{column}` of `items/`. Parts are joined by a space;
+            a part with a null or empty column is left out.
+    """
+
+    user: tuple[Field, ...]
+    item: tuple[Field, ...]
+    context: tuple[Field, ...] = ()
+    history_length: int = 0
+    text: tuple[str, ...] = ()
+
+    @property
+    def row_fields(self) -> tuple[Field, ...]:
+        """The fields read from the log itself: user and context."""
+        return self.user + self.context
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Columns of `items/` that the text parts name, in order of first use."""
+        names = [name for part in self.text for _, name, _, _ in string.Formatter().parse(part) if name]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that change with anything in the schema."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Schema":
+        """Read `schema.yaml`.
+
+        Raises:
+            UserError: no such file, not YAML, an unknown key or kind, or a field listed twice.
+        """
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file. A prepared log has a schema.yaml; see jobs/prepare.py --help") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not valid YAML: {error}") from None
+        return cls.from_dict(content, source=str(path))
+
+    @classmethod
+    def from_dict(cls, content: Any, source: str = "schema") -> "Schema":
+        """The schema from its YAML content; `source` names it in errors. Raises UserError as `load` does."""
+        known = cls.__dataclass_fields__
+        if not isinstance(content, dict):
+            raise UserError(f"{source}: expected keys {', '.join(known)}, found {type(content).__name__}")
+        for key in content:
+            if key not in known:
+                raise UserError(f"{source}: unknown key '{key}'; {nearest(str(key), known)}")
+        sides = {side: _fields(content.get(side) or {}, f"{source}: {side}") for side in ("user", "item", "context")}
+        names = [field.name for fields in sides.values() for field in fields]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{source}: field '{name}' is listed twice; each field belongs to one side")
+        if ITEM_ID not in [field.name for field in sides["item"]]:
+            raise UserError(f"{source}: item: '{ITEM_ID}' is missing; it is the key of items/ and a field of its own")
+        length = content.get("history_length", 0)
+        if not isinstance(length, int) or length < 0:
+            raise UserError(f"{source}: history_length: {length!r} is not a whole number of 0 or more")
+        text = content.get("text") or ()
+        if isinstance(text, str) or not all(isinstance(part, str) for part in text):
+            raise UserError(f"{source}: text: expected a list of parts such as '{{title}}.', found {text!r}")
+        return cls(**sides, history_length=length, text=tuple(text))
+
+    def save(self, path: str | Path) -> None:
+        """Write `schema.yaml`, in the form that `load` reads."""
+        content: dict[str, Any] = {
+            side: {f.name: {"kind": f.kind, "min_count": f.min_count} for f in getattr(self, side)}
+            for side in ("user", "item", "context")
+        }
+        content |= {"history_length": self.history_length, "text": list(self.text)}
+        Path(path).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _fields(content: Any, source: str) -> tuple[Field, ...]:
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: expected 'name: kind' lines, found {content!r}")
+    fields = []
+    for name, options in content.items():
+        options = {"kind": options} if isinstance(options, str) else options
+        if not isinstance(options, dict):
+            raise UserError(f"{source}: {name}: expected a kind ({' or '.join(KINDS)}), found {options!r}")
+        for key in options:
+            if key not in ("kind", "min_count"):
+                raise UserError(f"{source}: {name}: unknown key '{key}'; {nearest(str(key), ('kind', 'min_count'))}")
+        field = Field(str(name), **options)
+        if field.kind not in KINDS:
+            raise UserError(f"{source}: {name}: unknown kind '{field.kind}'; {nearest(str(field.kind), KINDS)}")
+        if not isinstance(field.min_count, int) or field.min_count < 1:
+            raise UserError(f"{source}: {name}: min_count: {field.min_count!r} is not a whole number of 1 or more")
+        fields.append(field)
+    return tuple(fields)
