@@ -44,6 +44,7 @@ class Schema:
         history_length: the most recent behaviours used, at most this many; 0 where the log has no `history` column.
         text: the parts of an item's text, each with one or more `{column}` of `items/`. Parts are joined by a space;
             a part with a null or empty column is left out.
+        truth: column of the log with the true click probability; only a synthetic world knows it.
     """
 
     user: tuple[Field, ...]
@@ -51,6 +52,7 @@ class Schema:
     context: tuple[Field, ...] = ()
     history_length: int = 0
     text: tuple[str, ...] = ()
+    truth: str = ""
 
     @property
     def row_fields(self) -> tuple[Field, ...]:
@@ -106,7 +108,10 @@ class Schema:
         text = content.get("text") or ()
         if isinstance(text, str) or not all(isinstance(part, str) for part in text):
             raise UserError(f"{source}: text: expected a list of parts such as '{{title}}.', found {text!r}")
-        return cls(**sides, history_length=length, text=tuple(text))
+        truth = content.get("truth") or ""
+        if not isinstance(truth, str):
+            raise UserError(f"{source}: truth: expected the name of a column, found {truth!r}")
+        return cls(**sides, history_length=length, text=tuple(text), truth=truth)
 
     def save(self, path: str | Path) -> None:
         """Write `schema.yaml`, in the form that `load` reads."""
@@ -114,7 +119,7 @@ class Schema:
             side: {f.name: {"kind": f.kind, "min_count": f.min_count} for f in getattr(self, side)}
             for side in ("user", "item", "context")
         }
-        content |= {"history_length": self.history_length, "text": list(self.text)}
+        content |= {"history_length": self.history_length, "text": list(self.text), "truth": self.truth}
         Path(path).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
