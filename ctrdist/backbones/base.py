@@ -1,0 +1,66 @@
+"""The contract of a backbone: what it gets and what it gives back."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Inputs:
+    """Embedded features of B rows.
+
+    Args:
+        fields: [B, F, d]; user, context and item fields in the order of the schema, the text field last if there is one.
+        history: [B, T, F_h, d]; the item side of each behaviour, oldest first.
+        mask: bool [B, T]; false at padding.
+        target: for each of the F_h history fields, the index of the target item's field that it corresponds to.
+    """
+
+    fields: Tensor
+    history: Tensor
+    mask: Tensor
+    target: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a backbone knows when it is built.
+
+    Args:
+        fields: F, number of fields.
+        history_fields: F_h, number of fields of a behaviour.
+        dim: d, their common width.
+    """
+
+    fields: int
+    history_fields: int
+    dim: int
+
+
+class Backbone(nn.Module):
+    """A published network between embeddings and logit: logit = head(representation) + direct.
+
+    A subclass sets `width` (H), takes `(shape: Shape, config: Config)` and implements `represent`. One file each; its
+    `Config` holds the hyper-parameters, with the paper's values as defaults.
+    """
+
+    width: int
+
+    def represent(self, inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(representation [B, H], direct [B], auxiliary losses by name, each a global mean; empty for most)."""
+        raise TypeError(f"{type(self).__name__} has no represent")
+
+    def head(self, representation: Tensor) -> Tensor:
+        """Logits [B] from representations [B, H]."""
+        return self.output(representation).squeeze(-1)
+
+    def make_head(self, width: int) -> None:
+        """Set the representation's width and a linear head on it."""
+        self.width = width
+        self.output = nn.Linear(width, 1)
+
+
+def pooled_history(inputs: Inputs) -> Tensor:
+    """The mean of the behaviours as F_h more fields [B, F_h, d], zeros without any: for networks without sequences."""
+    mask = inputs.mask[:, :, None, None].to(inputs.history.dtype)
+    return (inputs.history * mask).sum(1) / mask.sum(1).clamp(min=1)

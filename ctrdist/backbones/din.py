@@ -1,0 +1,62 @@
+"""Deep Interest Network (Zhou et al., KDD 2018): attention from the target item to each behaviour."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ctrdist.backbones.base import Backbone, Inputs, Shape
+from ctrdist.backbones.layers import MLP, Activation
+
+
+@dataclass(frozen=True)
+class Config:
+    """Deep Interest Network.
+
+    Args:
+        attention: hidden units of the attention's activation unit.
+        hidden: hidden units of the network on top.
+        activation: its activation; `dice` is the paper's.
+        dropout: after each of its layers.
+        batch_norm: before each of its activations.
+        softmax: normalise the attention weights over the behaviours; the paper does not, to keep the interest's intensity.
+    """
+
+    attention: tuple[int, ...] = (64, 32)
+    hidden: tuple[int, ...] = (128, 64, 64)
+    activation: Activation = "dice"
+    dropout: float = 0.2
+    batch_norm: bool = False
+    softmax: bool = False
+
+
+class DIN(Backbone):
+    """DIN: representation = MLP(fields, sum of w(behaviour, target) * behaviour), eq. 3 of the paper."""
+
+    def __init__(self, shape: Shape, config: Config) -> None:
+        super().__init__()
+        self.softmax = config.softmax
+        self.interest = shape.history_fields * shape.dim
+        self.attention = MLP(4 * self.interest, config.attention)
+        self.score = torch.nn.Linear(self.attention.width, 1)
+        self.mlp = MLP(shape.fields * shape.dim + self.interest, config.hidden, config.activation, config.dropout,
+                       config.batch_norm)
+        self.make_head(self.mlp.width)
+
+    def represent(self, inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        fields = inputs.fields.flatten(1)
+        x = torch.cat([fields, self.interests(inputs)], 1)
+        return self.mlp(x), fields.new_zeros(len(fields)), {}
+
+    def interests(self, inputs: Inputs) -> Tensor:
+        """The behaviours weighted by the target's attention, [B, F_h * d]; zeros without behaviours."""
+        keys = inputs.history.flatten(2)
+        query = inputs.fields[:, list(inputs.target)].flatten(1).unsqueeze(1).expand_as(keys)
+        pairs = torch.cat([query, keys, query - keys, query * keys], 2)
+        weights = self.score(self.attention(pairs)).squeeze(2)
+        if self.softmax:
+            weights = torch.softmax(weights.masked_fill(~inputs.mask, -1e4), 1)
+        return (weights * inputs.mask).unsqueeze(1).matmul(keys).squeeze(1)
+
+
+Network = DIN

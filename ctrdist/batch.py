@@ -1,0 +1,124 @@
+"""One typed batch of tensors, with the item side joined."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ctrdist.items import Catalog, Ragged
+from ctrdist.log import FILLER, ITEM, list_parts
+from ctrdist.schema import CATEGORICAL, HISTORY, LABEL, Schema
+from ctrdist.vocabulary import PADDING
+
+
+@dataclass
+class Lookup:
+    """What a batch asks of one embedding table: distinct rows, and where each goes.
+
+    Args:
+        rows: int64 [R], distinct table rows, ascending.
+        index: int64 [n] into `rows`, one a value.
+        offsets: None for one value each; else int64 [m + 1], the values of bag i are `index[offsets[i]:offsets[i+1]]`.
+    """
+
+    rows: Tensor
+    index: Tensor
+    offsets: Tensor | None = None
+
+    @classmethod
+    def of(cls, values: np.ndarray | Ragged) -> "Lookup":
+        """The look-up of one value, or one bag of values, for each of n things."""
+        flat = values.values if isinstance(values, Ragged) else values
+        rows, index = np.unique(flat, return_inverse=True)
+        offsets = torch.from_numpy(np.asarray(values.offsets)) if isinstance(values, Ragged) else None
+        return cls(torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(index.astype(np.int64)), offsets)
+
+
+@dataclass
+class Batch:
+    """Rows of the log. Items appear once each, however often the rows and their histories name them.
+
+    Args:
+        label: float32 [B].
+        row_fields: user and context fields by name, a look-up of B values or bags each.
+        items: int64 [U], the distinct catalog rows, ascending; items[0] is padding, row 0.
+        item_fields: item fields by name, a look-up of U values or bags each.
+        target: int64 [B] into `items`.
+        history: int64 [B, T] into `items`, oldest first, 0 (padding) at the end; T is 0 without histories.
+        text: float [U, dim], the items' rows of the text table, zeros at padding; None for a model without text.
+    """
+
+    label: Tensor
+    row_fields: dict[str, Lookup]
+    items: Tensor
+    item_fields: dict[str, Lookup]
+    target: Tensor
+    history: Tensor
+    text: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on `device`; copies from pinned memory do not wait."""
+        def move(value):
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, Lookup):
+                return Lookup(move(value.rows), move(value.index), move(value.offsets))
+            if isinstance(value, dict):
+                return {name: move(part) for name, part in value.items()}
+            return value
+
+        return replace(self, **{name: move(value) for name, value in self.__dict__.items()})
+
+
+def collate(table: pa.Table, schema: Schema, catalog: Catalog, text_table: np.ndarray | None = None) -> Batch:
+    """Encoded rows (`ctrdist.log.encode`) as a Batch; fillers are dropped, so it may be empty.
+
+    Args:
+        text_table: float [catalog rows, dim], may be memory-mapped; only the rows of the batch's items are read.
+    """
+    filler = table[FILLER].to_numpy()
+    if filler.any():
+        table = table.filter(pa.array(~filler))
+    table = table.combine_chunks()
+    size = table.num_rows
+    row_fields = {}
+    for field in schema.row_fields:
+        column = table[field.name].combine_chunks()
+        if field.kind == CATEGORICAL:
+            row_fields[field.name] = Lookup.of(column.to_numpy())
+        else:
+            offsets, flat = list_parts(column)
+            row_fields[field.name] = Lookup.of(Ragged(flat.to_numpy(), offsets))
+    target = table[ITEM].to_numpy()
+    length = schema.history_length
+    history = table[HISTORY].combine_chunks().flatten().to_numpy() if length else np.empty(0, np.int32)
+    items, index = np.unique(np.concatenate([[PADDING], target, history]), return_inverse=True)
+    item_fields = {
+        field.name: Lookup.of(column.take(items) if isinstance(column, Ragged) else column[items])
+        for field in schema.item
+        for column in [catalog.fields[field.name]]
+    }
+    index = torch.from_numpy(index.astype(np.int64))
+    text = None
+    if text_table is not None:
+        text = torch.from_numpy(np.array(text_table[items], dtype=np.float32))
+    return Batch(
+        label=torch.from_numpy(table[LABEL].to_numpy().astype(np.float32)),
+        row_fields=row_fields,
+        items=torch.from_numpy(items.astype(np.int64)),
+        item_fields=item_fields,
+        target=index[1 : 1 + size],
+        history=index[1 + size :].reshape(size, length),
+        text=text,
+    )
+
+
+def load_text_table(folder: Path | None) -> np.ndarray | None:
+    """The text table of a folder, memory-mapped; None for no folder."""
+    return None if folder is None else np.load(folder / "text_table.npy", mmap_mode="r")

@@ -1,0 +1,122 @@
+"""The report's charts as inline SVG, drawn by matplotlib's objects (no pyplot, no state shared with the caller).
+
+Colours are drawn as marks and then replaced by CSS variables, so that one SVG follows the page's light or dark scheme.
+"""
+
+import io
+from collections.abc import Iterable
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+_INK, _GRID, _BAR = "#010203", "#010204", "#010205"
+_SERIES = ("#010211", "#010212", "#010213", "#010214")
+_VARIABLES = {_INK: "var(--soft)", _GRID: "var(--line)", _BAR: "var(--bar)"} | {
+    mark: f"var(--series-{number})" for number, mark in enumerate(_SERIES)
+}
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of `width` x `height` inches with one styled plot."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    _style(axes)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    return figure, axes
+
+
+def _style(axes: Axes) -> None:
+    axes.set_facecolor("none")
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, labelsize=9, length=0, pad=6)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_GRID)
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, color=_INK, fontsize=9)
+    axes.set_ylabel(y, color=_INK, fontsize=9)
+
+
+def _svg(figure: Figure, title: str) -> Markup:
+    """`figure` as an <svg> element that scales with the page; `title` is its text for those who cannot see it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue().decode()
+    text = text[text.index("<svg") :]
+    for mark, variable in _VARIABLES.items():
+        text = text.replace(mark, variable)
+    return Markup(text.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(title), 1))
+
+
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    return {name: _SERIES[number % len(_SERIES)] for number, name in enumerate(names)}
+
+
+def popularity(groups: list[dict], models: dict[str, str]) -> Markup:
+    """Figure 3 of the CELA paper: bars of test rows and lines of each model's AUC, by training rows of the item.
+
+    Args:
+        groups: as `metrics.popularity_groups`; an AUC may be None.
+        models: title by name of the models to draw, in the order of their colours.
+    """
+    figure, bars = _axes(7.6, 3.5)
+    where = range(len(groups))
+    bars.bar(where, [group["rows"] for group in groups], color=_BAR, width=0.62)
+    bars.set_xticks(list(where), [group["group"] for group in groups])
+    bars.yaxis.set_major_formatter(FuncFormatter(short))
+    bars.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _label(bars, "training rows of the item", "test rows (bars)")
+    lines = bars.twinx()
+    _style(lines)
+    for (model, title), colour in zip(models.items(), _colours(models).values(), strict=True):
+        values = [group["auc"].get(model) for group in groups]
+        points = [float("nan") if value is None else value for value in values]
+        lines.plot(where, points, color=colour, marker="o", markersize=5, linewidth=2, label=title)
+    _label(lines, "", "AUC (lines)")
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9, labelcolor=_INK)
+    return _svg(figure, "Test rows and AUC of each model by training rows of the item")
+
+
+def calibration(models: dict[str, list[dict]]) -> Markup:
+    """Observed against predicted click rate, one line a model and the diagonal of a perfect one.
+
+    Args:
+        models: by name, the bins of `metrics.calibration`.
+    """
+    figure, axes = _axes(4.6, 3.5)
+    values = [bin[key] for bins in models.values() for bin in bins for key in ("predicted", "observed")]
+    top = max(values, default=1) * 1.05 or 1
+    axes.plot([0, top], [0, top], color=_INK, linewidth=1, linestyle=(0, (3, 3)))
+    for name, colour in _colours(models).items():
+        points = [bin["predicted"] for bin in models[name]], [bin["observed"] for bin in models[name]]
+        axes.plot(*points, color=colour, marker="o", markersize=4, linewidth=2, label=name)
+    _label(axes, "predicted click rate", "observed click rate")
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=9, labelcolor=_INK)
+    return _svg(figure, "Observed against predicted click rate")
+
+
+def curve(points: list[list[float]], x: str, y: str, series: int = 0) -> Markup:
+    """One line through `points` [[x, y], ...], with markers where they are few; `series` picks its colour."""
+    figure, axes = _axes(3.7, 2.3)
+    marker = "o" if len(points) <= 20 else None
+    axes.plot(*zip(*points, strict=True), color=_SERIES[series], linewidth=1.8, marker=marker, markersize=4)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    _label(axes, x, y)
+    return _svg(figure, f"{y} by {x}")
+
+
+def short(value: float, _position: int | None = None) -> str:
+    """A count as a person says it: 950, 12k, 3.4M, 1.2B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.6g}"

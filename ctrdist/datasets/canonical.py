@@ -1,0 +1,141 @@
+"""Writes a log in the one layout that every job reads; the adapters of this folder only bring the columns."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ctrdist.errors import UserError
+from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, TIMESTAMP, USER_ID, Schema
+
+SECONDS_A_DAY = 86_400
+ROWS_PER_FILE = 500_000  # keeps the int32 offsets of strings and histories far from their limit
+FOLDERS = ("items", "users", "interactions")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written.
+
+    Args:
+        rows: rows of the log.
+        days: UTC days with rows.
+        users: distinct users of the log.
+        items: rows of `items/`, shown in the log or not.
+        positives: rows with label 1.
+        rows_with_history: rows with one earlier behaviour or more.
+        items_with_text: items whose `text` column is neither null nor empty.
+        best_auc: AUC of the true click probability over all rows, which no model can beat but by luck; None where
+            the truth is unknown, nan where all labels are the same.
+    """
+
+    rows: int
+    days: int
+    users: int
+    items: int
+    positives: int
+    rows_with_history: int
+    items_with_text: int
+    best_auc: float | None = None
+
+
+class CanonicalWriter:
+    """Writes `items/`, then `interactions/` in any number of pieces, and last `schema.yaml`, which makes it exist.
+
+    Args:
+        out: folder to write: absent, empty, or left half-written by an earlier run (which is cleared).
+        schema: what the columns mean.
+
+    Raises:
+        UserError: `out` is a file, holds a dataset, or holds anything else that this class does not write.
+    """
+
+    def __init__(self, out: str | Path, schema: Schema) -> None:
+        self.out, self.schema = Path(out), schema
+        self.rows = self.positives = self.rows_with_history = self.items = self.items_with_text = 0
+        self._files_of_day: dict[np.datetime64, int] = {}
+        _clear(self.out)
+        for name in ("items", "interactions"):
+            (self.out / name).mkdir(parents=True, exist_ok=True)
+
+    def write_items(self, items: pa.Table) -> None:
+        """Write one file of `items/`: item_id, the schema's item fields, the columns its text names."""
+        missing = {f.name for f in self.schema.item}.union(self.schema.text_columns) - set(items.column_names)
+        assert not missing, f"items lack {missing}"
+        _write(items, self.out / "items" / "part-00000.parquet")
+        self.items = items.num_rows
+        if "text" in items.column_names:
+            self.items_with_text = pc.sum(pc.greater(pc.utf8_length(items["text"]), 0)).as_py() or 0
+
+    def write_interactions(self, rows: pa.Table) -> None:
+        """Append rows of the log, each to a new file of its UTC day.
+
+        Args:
+            rows: user_id, item_id, label, timestamp, the schema's user and context fields, `history` and the truth
+                column where the schema has them. Days may come in any order; rows in order of time are cut without
+                a copy.
+        """
+        rows = rows.select(self._columns().names).cast(self._columns(rows.schema))
+        day = rows[TIMESTAMP].to_numpy() // SECONDS_A_DAY
+        if np.any(day[1:] < day[:-1]):
+            order = np.argsort(day, kind="stable")
+            rows, day = rows.take(order), day[order]
+        cuts = np.r_[np.flatnonzero(np.r_[True, day[1:] != day[:-1]]), len(day)] if len(day) else [0]
+        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+            date = np.datetime64(int(day[start]), "D")
+            for first in range(start, stop, ROWS_PER_FILE):
+                number = self._files_of_day[date] = self._files_of_day.get(date, -1) + 1
+                part = rows.slice(first, min(ROWS_PER_FILE, stop - first))
+                _write(part, self.out / "interactions" / f"dt={date}" / f"part-{number:05d}.parquet")
+        self.rows += rows.num_rows
+        self.positives += pc.sum(pc.cast(rows[LABEL], pa.int64())).as_py() or 0
+        if self.schema.history_length:
+            self.rows_with_history += pc.sum(pc.greater(pc.list_value_length(rows[HISTORY]), 0)).as_py() or 0
+
+    def finish(self, users: int, best_auc: float | None = None) -> Summary:
+        """Write `schema.yaml` and sum up; `users` is the count of distinct users of the log."""
+        self.schema.save(self.out / "schema.yaml")
+        return Summary(
+            rows=self.rows, days=len(self._files_of_day), users=users, items=self.items, positives=self.positives,
+            rows_with_history=self.rows_with_history, items_with_text=self.items_with_text, best_auc=best_auc,
+        )  # fmt: skip
+
+    def _columns(self, found: pa.Schema | None = None) -> pa.Schema:
+        """Columns of the log with their types; other fields than the fixed ones keep an integer type if `found`."""
+        columns = {USER_ID: pa.string(), ITEM_ID: pa.string(), LABEL: pa.int8(), TIMESTAMP: pa.int64()}
+        for field in self.schema.row_fields:
+            value = pa.list_(pa.string()) if field.kind == MULTI else pa.string()
+            kept = found.field(field.name).type if found is not None else value
+            columns.setdefault(field.name, kept if pa.types.is_integer(kept) else value)
+        if self.schema.history_length:
+            columns[HISTORY] = pa.list_(pa.string())
+        if self.schema.truth:
+            columns[self.schema.truth] = pa.float64()
+        return pa.schema(columns)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(table, path, compression="zstd", use_dictionary=True, row_group_size=65_536)
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier run left without `schema.yaml`; refuse a folder with anything that it did not write."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out}: is a file; --out takes the folder to write the dataset to")
+    if (out / "schema.yaml").exists():
+        raise UserError(f"{out}: holds a dataset already (schema.yaml is there); remove it or choose another --out")
+    for path in out.rglob("*"):
+        top, *below = path.relative_to(out).parts
+        ours = top in FOLDERS and (path.is_dir() or (below and path.match("part-*.parquet")))
+        if not ours or path.is_symlink():
+            raise UserError(f"{out}: is not empty ('{path.relative_to(out)}' is there); choose an empty or new --out")
+    for folder in FOLDERS:
+        if (out / folder).exists():
+            shutil.rmtree(out / folder)

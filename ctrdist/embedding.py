@@ -1,0 +1,104 @@
+"""Embedding tables whose cost follows the batch, never the vocabulary.
+
+A step fetches the distinct rows that its batch touches as a small dense leaf, computes on them, and pushes back their
+gradients; the row-wise optimizer updates those rows only. Between workers, rows and their gradients are exchanged,
+never the table, and every worker applies the same update to its replica.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ctrdist.batch import Lookup
+from ctrdist.group import Group
+from ctrdist.optim import RowAdam
+from ctrdist.vocabulary import PADDING
+
+
+class EmbeddingTable(nn.Module):
+    """One table, replicated on every worker. Its weights are a buffer: DDP and dense optimizers never see them.
+
+    Args:
+        rows: rows of the table, padding (0) and unknown (1) included.
+        dim: width.
+        optimizer: what updates the rows that a batch touched.
+        std: standard deviation of new rows, drawn from a normal distribution.
+        seed: decides the draws.
+    """
+
+    def __init__(self, rows: int, dim: int, optimizer: RowAdam, std: float = 0.01, seed: int = 0) -> None:
+        super().__init__()
+        self.dim, self.optimizer, self.std, self.seed = dim, optimizer, std, seed
+        self.register_buffer("weight", torch.zeros(1, dim))
+        for name, state in optimizer.init_state(self.weight).items():
+            self.register_buffer(name, state)
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self.rows_touched = 0
+        self.grow(rows)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table now."""
+        return self.weight.shape[0]
+
+    def grow(self, rows: int) -> None:
+        """Add rows at the end until there are `rows`; those that are there stay as they are."""
+        first = self.rows
+        if rows <= first:
+            return
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
+        new = torch.randn(rows - first, self.dim, generator=generator).to(self.weight) * self.std
+        self.weight = torch.cat([self.weight, new])
+        for name, state in self.optimizer.init_state(new).items():
+            setattr(self, name, torch.cat([getattr(self, name), state]))
+
+    def forward(self, lookup: Lookup) -> Tensor:
+        """Vectors of each value [n, dim], or the mean of each bag [m, dim] (zeros for an empty one)."""
+        rows = self.weight[lookup.rows]
+        if torch.is_grad_enabled():
+            rows.requires_grad_()
+            self._pending.append((lookup.rows, rows))
+        if lookup.offsets is None:
+            return F.embedding(lookup.index, rows)
+        return bag_mean(F.embedding(lookup.index, rows), lookup.offsets)
+
+    @torch.no_grad()
+    def push(self, group: Group, lr_scale: float = 1.0) -> None:
+        """Update the rows fetched since the last push by the mean over the workers of their gradients.
+
+        The padding row never changes. Call it on every worker after the backward pass.
+        """
+        if self._pending:
+            ids = torch.cat([rows for rows, _ in self._pending])
+            gradients = torch.cat([leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+                                   for _, leaf in self._pending])
+        else:
+            ids = torch.empty(0, dtype=torch.int64, device=self.weight.device)
+            gradients = self.weight.new_empty(0, self.dim)
+        self._pending.clear()
+        ids, gradients = group.all_gather(ids), group.all_gather(gradients)
+        ids, gradients = sum_rows(ids, gradients / group.size)
+        keep = ids != PADDING
+        ids, gradients = ids[keep], gradients[keep]
+        self.rows_touched = len(ids)
+        state = {name: getattr(self, name) for name in self.optimizer.state_names}
+        self.optimizer.update(self.weight, state, ids, gradients, lr_scale)
+
+
+def bag_mean(values: Tensor, offsets: Tensor) -> Tensor:
+    """The mean of each bag of rows of `values` [n, dim], [m, dim]; zeros for an empty bag."""
+    counts = offsets.diff()
+    bags = torch.repeat_interleave(torch.arange(len(counts), device=values.device), counts, output_size=len(values))
+    sums = values.new_zeros(len(counts), values.shape[1]).index_add(0, bags, values)
+    return sums / counts.clamp(min=1).unsqueeze(1).to(values.dtype)
+
+
+def sum_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct ids, ascending, and the sum of each one's rows."""
+    distinct, inverse = torch.unique(ids, return_inverse=True)
+    return distinct, rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, inverse, rows)
+
+
+def tables_of(module: nn.Module) -> list[EmbeddingTable]:
+    """Every embedding table within a module, in a fixed order."""
+    return [submodule for submodule in module.modules() if isinstance(submodule, EmbeddingTable)]

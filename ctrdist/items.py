@@ -1,0 +1,220 @@
+"""The item side, joined late: every item's fields and texts by catalog row.
+
+A catalog row numbers every item of `items/`; the log, the histories and the text table carry it. It is not the row of
+the `item_id` feature's vocabulary: a rare item may be unknown there while its text is known here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from ctrdist.errors import UserError, nearest
+from ctrdist.language.texts import join_texts
+from ctrdist.schema import CATEGORICAL, ITEM_ID, Schema
+from ctrdist.storage import filesystem
+from ctrdist.vocabulary import UNKNOWN, Vocabulary, sum_counts, to_keys
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of several values: row i is `values[offsets[i]:offsets[i+1]]`. int32 values, int64 offsets."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Ragged":
+        """The given rows, in their order."""
+        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        ends = np.cumsum(lengths)
+        at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+        return Ragged(self.values[at], np.concatenate([[0], ends]).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """All items of a dataset.
+
+    Args:
+        ids: item id -> catalog row.
+        present: bool [rows], whether the item is in today's `items/` (an item may have left it since).
+        fields: by name, the vocabulary row of every item, int32 [rows], or a `Ragged` of them; padding at row 0.
+    """
+
+    ids: Vocabulary
+    present: np.ndarray
+    fields: dict[str, np.ndarray | Ragged]
+
+    @property
+    def size(self) -> int:
+        """Catalog rows, padding and unknown included."""
+        return self.ids.size
+
+    @property
+    def items(self) -> np.ndarray:
+        """Catalog rows of today's items, ascending, int64."""
+        return np.flatnonzero(self.present)
+
+    def save(self, folder: Path) -> None:
+        """Write the catalog as NumPy files."""
+        self.ids.save(folder / "ids")
+        np.save(folder / "present.npy", self.present)
+        for name, column in self.fields.items():
+            if isinstance(column, Ragged):
+                np.save(folder / f"field.{name}.values.npy", column.values)
+                np.save(folder / f"field.{name}.offsets.npy", column.offsets)
+            else:
+                np.save(folder / f"field.{name}.npy", column)
+
+    @classmethod
+    def load(cls, folder: Path, schema: Schema) -> "Catalog":
+        """Memory-map what `save` wrote."""
+        fields: dict[str, np.ndarray | Ragged] = {}
+        for field in schema.item:
+            if field.kind == CATEGORICAL:
+                fields[field.name] = np.load(folder / f"field.{field.name}.npy", mmap_mode="r")
+            else:
+                parts = (np.load(folder / f"field.{field.name}.{part}.npy", mmap_mode="r")
+                         for part in ("values", "offsets"))
+                fields[field.name] = Ragged(*parts)
+        return cls(Vocabulary.load(folder / "ids"), np.load(folder / "present.npy", mmap_mode="r"), fields)
+
+
+def read_items(data: str, schema: Schema) -> pa.Table:
+    """All of `items/`: the item id, item fields and text columns, one row an item, checked.
+
+    Raises:
+        UserError: no such folder, a missing column, a null or repeated item id.
+    """
+    filesystem_, root = filesystem(data)
+    selector = fs.FileSelector(f"{root}/items", allow_not_found=True)
+    paths = sorted(info.path for info in filesystem_.get_file_info(selector) if info.path.endswith(".parquet"))
+    if not paths:
+        raise UserError(f"{data}/items: no Parquet files there; a prepared log has them (see jobs/prepare.py --help)")
+    columns = list(dict.fromkeys([field.name for field in schema.item] + list(schema.text_columns)))
+    tables = []
+    for path in paths:
+        with filesystem_.open_input_file(path) as stream:
+            file = pq.ParquetFile(stream)
+            require_columns(path, columns, file.schema_arrow.names)
+            table = file.read(columns=columns)
+        nulls = table[ITEM_ID].null_count
+        if nulls:
+            raise UserError(f"{path}: column '{ITEM_ID}': {nulls} of {table.num_rows} ids are null; every item needs one")
+        tables.append(table)
+    items = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    counts = pc.value_counts(items[ITEM_ID])
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        raise UserError(f"{data}/items: column '{ITEM_ID}': {len(repeated)} ids stand in more than one row, "
+                        f"{repeated[0]['values'].as_py()!r} for one; keep one row an item")
+    return items
+
+
+def require_columns(path: str, wanted: list[str], found: list[str]) -> None:
+    """Raise a UserError that names `path` and the first of the `wanted` columns that is not `found`."""
+    for column in wanted:
+        if column not in found:
+            raise UserError(f"{path}: no column '{column}'; {nearest(column, found)}")
+
+
+def grow_catalog_ids(items: pa.Table, ids: Vocabulary) -> Vocabulary:
+    """Catalog rows for all items: rows given before stay, new items follow in the order of their ids."""
+    keys = to_keys(items[ITEM_ID].combine_chunks(), ITEM_ID)
+    return ids.grow(keys, np.ones(len(keys), np.int64), column=ITEM_ID)
+
+
+def grow_item_vocabularies(items: pa.Table, item_rows: np.ndarray, item_counts: np.ndarray, schema: Schema,
+                           vocabularies: dict[str, Vocabulary]) -> dict[str, Vocabulary]:
+    """Vocabularies of the item fields, grown by the values of items that have training rows.
+
+    Args:
+        item_rows: catalog row of each row of `items`.
+        item_counts: new training rows by catalog row, int64 [catalog rows].
+    """
+    grown = dict(vocabularies)
+    counts = item_counts[item_rows]
+    trained = np.flatnonzero(counts)
+    for field in schema.item:
+        values, counts_of_values = items[field.name].take(pa.array(trained)).combine_chunks(), counts[trained]
+        if field.kind != CATEGORICAL:
+            _require_list(values.type, field.name)
+            parents = pc.list_parent_indices(values).to_numpy(zero_copy_only=False)
+            values, counts_of_values = pc.list_flatten(values), counts_of_values[parents]
+        known = values.is_valid().to_numpy(zero_copy_only=False)
+        keys, sums = sum_counts(to_keys(values.drop_null(), field.name), counts_of_values[known])
+        grown[field.name] = grown.get(field.name, Vocabulary()).grow(keys, sums, field.min_count, field.name)
+    return grown
+
+
+def build_catalog(items: pa.Table, ids: Vocabulary, schema: Schema, vocabularies: dict[str, Vocabulary]) -> Catalog:
+    """The catalog of `items`: fields as vocabulary rows, by catalog row."""
+    rows = ids.lookup(items[ITEM_ID], ITEM_ID)
+    present = np.zeros(ids.size, bool)
+    present[rows] = True
+    fields: dict[str, np.ndarray | Ragged] = {}
+    for field in schema.item:
+        column, vocabulary = items[field.name].combine_chunks(), vocabularies[field.name]
+        if field.kind == CATEGORICAL:
+            by_row = np.full(ids.size, UNKNOWN, np.int32)
+            by_row[0] = 0
+            by_row[rows] = vocabulary.lookup(column, field.name)
+            fields[field.name] = by_row
+        else:
+            _require_list(column.type, field.name)
+            lengths = np.zeros(ids.size, np.int64)
+            lengths[rows] = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+            flat = vocabulary.lookup(pc.list_flatten(column), field.name)
+            parents = rows[pc.list_parent_indices(column).to_numpy(zero_copy_only=False)]
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            fields[field.name] = Ragged(flat[np.argsort(parents, kind="stable")], offsets)
+    return Catalog(ids, present, fields)
+
+
+def _require_list(type_: pa.DataType, name: str) -> None:
+    if not (pa.types.is_list(type_) or pa.types.is_large_list(type_)):
+        raise UserError(f"column '{name}': {type_}, but a multi field needs a list of strings or integers")
+
+
+class ItemTexts:
+    """Every item's text by catalog row, memory-mapped from an Arrow file: nothing is held in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.column = pa.ipc.open_file(pa.memory_map(str(path))).read_all()["text"].combine_chunks()
+
+    @staticmethod
+    def write(path: Path, items: pa.Table, ids: Vocabulary, schema: Schema) -> None:
+        """Join each item's text parts (`Schema.text`) and write them in catalog-row order; "" where there is none."""
+        texts = join_texts(items, schema.text)
+        position = np.full(ids.size, len(texts))
+        position[ids.lookup(items[ITEM_ID], ITEM_ID)] = np.arange(len(texts))
+        padded = pa.concat_arrays([texts, pa.array([""], texts.type)])
+        with pa.OSFile(str(path), "wb") as sink:
+            table = pa.table({"text": padded.take(pa.array(position))})
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table, max_chunksize=65536)
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def take(self, rows: np.ndarray) -> list[str]:
+        """The texts of the given catalog rows."""
+        return self.column.take(pa.array(rows)).to_pylist()
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Bytes of each of the given rows' texts, int64: what batches are bucketed by."""
+        return pc.binary_length(self.column.take(pa.array(rows))).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def item_batches(items: np.ndarray, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
+    """Global batches of an epoch over items: a permutation drawn from (seed, epoch), cut into `size`; last one shorter."""
+    order = np.random.default_rng([seed, epoch]).permutation(items)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+

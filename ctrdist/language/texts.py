@@ -1,0 +1,132 @@
+"""Items -> texts -> tokens."""
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ctrdist.errors import UserError, nearest
+
+TEXT = pa.large_string()
+
+
+def join_texts(items: pa.Table, parts: Sequence[str]) -> pa.Array:
+    """Each item's text, by Arrow's kernels (no Python loop over rows).
+
+    A part such as `{title} ({year}).` is filled from the columns. Lists are joined by ", ", leaving out null and
+    empty elements; whitespace at both ends of a value is dropped. A part with a null, NaN or empty value is left out
+    of that row; the others are joined by one space. A row without any part gets "".
+
+    Args:
+        items: columns of strings, numbers, booleans, dates, or lists of those.
+        parts: templates, as in `Schema.text`.
+
+    Returns:
+        large_string [rows], no nulls.
+
+    Raises:
+        UserError: a part that is no template, or names a column that `items` lacks.
+    """
+    # Arrow's own null_handling="skip" loses the rows that are null in every part.
+    filled = [pa.array([""] * items.num_rows, TEXT)] + [pc.fill_null(_fill(items, part), "") for part in parts]
+    return pc.utf8_trim_whitespace(pc.binary_join_element_wise(*filled, pa.scalar("", TEXT)))
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The tokens of some items' texts.
+
+    Args:
+        items: [B] int64, catalog rows.
+        input_ids: [B, L] int64, padded on the right.
+        attention_mask: [B, L] int64, 1 at real tokens; each row has one at least.
+        epoch: which pass over the items this is; masks differ from epoch to epoch.
+    """
+
+    items: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return self.items.shape[0]
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """The same batch on a device."""
+        names = ("items", "input_ids", "attention_mask")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], items: Sequence[int], max_length: int, epoch: int = 0
+) -> TokenBatch:
+    """Tokens of texts, with special tokens, cut to `max_length` and to what the model can read, padded to the longest.
+
+    A text without any token gets one padding token as its only real one. No texts at all give L = 2.
+
+    Args:
+        tokenizer: `LanguageModel.tokenizer`.
+        texts: B texts.
+        items: [B] their catalog rows.
+        max_length: most tokens of a text, special tokens included.
+        epoch: passed on to the batch.
+    """
+    assert len(texts) == len(items), (len(texts), len(items))
+    rows = torch.as_tensor(np.asarray(items, dtype=np.int64))
+    if not texts:
+        return TokenBatch(rows, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64), epoch)
+    limit = min(max_length, tokenizer.model_max_length)
+    ids = tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
+    lengths = np.array([len(row) for row in ids])
+    real = np.arange(max(lengths.max(), 1)) < np.maximum(lengths, 1)[:, None]
+    padded = np.full(real.shape, tokenizer.pad_token_id or 0, dtype=np.int64)
+    padded[np.arange(real.shape[1]) < lengths[:, None]] = np.concatenate(ids)
+    return TokenBatch(rows, torch.from_numpy(padded), torch.from_numpy(real.astype(np.int64)), epoch)
+
+
+def _fill(items: pa.Table, part: str) -> pa.Array:
+    """One part and a space after it [rows], null where one of its values is."""
+    try:
+        pieces = list(string.Formatter().parse(part))
+    except ValueError as error:
+        raise UserError(
+            f"text part '{part}': {error}; write columns as {{title}}, and a brace as {{{{ or }}}}"
+        ) from None
+    values: list[pa.Array | pa.Scalar] = []
+    for literal, name, spec, conversion in pieces:
+        values.append(pa.scalar(literal, TEXT))
+        if name is None:
+            continue
+        if not name or spec or conversion:
+            raise UserError(f"text part '{part}': expected plain columns such as {{title}}")
+        if name not in items.column_names:
+            raise UserError(f"text part '{part}': items/ has no column '{name}'; {nearest(name, items.column_names)}")
+        values.append(_strings(items[name]))
+    spaces = pa.array([" "] * items.num_rows, TEXT)
+    return pc.binary_join_element_wise(*values, spaces, pa.scalar("", TEXT), null_handling="emit_null")
+
+
+def _strings(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """Any column as trimmed large_string [rows], null where there is nothing to say."""
+    values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        return _strings(values.cast(kind.value_type))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        elements, parents = _strings(pc.list_flatten(values)), pc.list_parent_indices(values)
+        real = pc.is_valid(elements)
+        counts = np.bincount(parents.filter(real).to_numpy(), minlength=len(values))
+        offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int64())
+        lists = pa.LargeListArray.from_arrays(offsets, elements.filter(real))
+        text = pc.binary_join(lists, pa.scalar(", ", TEXT))
+    else:
+        if pa.types.is_floating(kind):
+            values = pc.if_else(pc.is_finite(values), values, pa.scalar(None, kind))
+        text = pc.utf8_trim_whitespace(values.cast(TEXT))
+    return pc.if_else(pc.equal(text, pa.scalar("", TEXT)), pa.scalar(None, TEXT), text)

@@ -1,0 +1,295 @@
+"""The canonical log: its days, what is wrong in a row, and rows as integers.
+
+    <data>/interactions/dt=YYYY-MM-DD/*.parquet    user_id, item_id, label, timestamp, context fields, [history]
+"""
+
+import datetime as dt
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from ctrdist.errors import UserError
+from ctrdist.items import Catalog, require_columns
+from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, TIMESTAMP, USER_ID, Schema
+from ctrdist.storage import filesystem
+from ctrdist.vocabulary import UNKNOWN, Vocabulary
+
+REASONS = ("ok", "null user_id", "null item_id", "item not in items/", "label not 0 or 1", "timestamp outside its day")
+ITEM, FILLER = "item", "filler"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which days a run trains on, validates on and tests on, each ascending."""
+
+    train: tuple[dt.date, ...]
+    valid: tuple[dt.date, ...]
+    test: tuple[dt.date, ...]
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of one file of a day, the smallest piece that is read at once."""
+
+    day: dt.date
+    path: str
+    index: int
+    rows: int
+
+
+def list_days(data: str) -> dict[dt.date, list[str]]:
+    """The files of each day, days ascending.
+
+    Raises:
+        UserError: no such folder, no days in it, or a folder that is not named `dt=YYYY-MM-DD`.
+    """
+    filesystem_, root = filesystem(data)
+    folder = f"{root}/interactions"
+    if filesystem_.get_file_info(folder).type != fs.FileType.Directory:
+        raise UserError(f"{data}/interactions: no such folder; --data names a prepared log (see jobs/prepare.py --help)")
+    days: dict[dt.date, list[str]] = {}
+    for info in filesystem_.get_file_info(fs.FileSelector(folder, recursive=True)):
+        if info.type != fs.FileType.File or not info.path.endswith(".parquet"):
+            continue
+        name = info.path.rsplit("/", 2)[1]
+        try:
+            day = dt.date.fromisoformat(name.removeprefix("dt="))
+        except ValueError:
+            raise UserError(f"{info.path}: folder '{name}' is not dt=YYYY-MM-DD") from None
+        days.setdefault(day, []).append(info.path)
+    if not days:
+        raise UserError(f"{data}/interactions: no Parquet files in folders dt=YYYY-MM-DD")
+    return {day: sorted(days[day]) for day in sorted(days)}
+
+
+def choose_window(days: list[dt.date], date: dt.date | None, train_days: int, valid_days: int, test_days: int) -> Window:
+    """Days of the log for a run dated `date`, the last day of its training window.
+
+    Counts are of calendar days; the default date is the newest day less `test_days`. The last `valid_days` of the
+    window are for validation.
+
+    Raises:
+        UserError: a count out of range, a date without data, or nothing to train, validate or test on.
+    """
+    for name, count, least in (("train-days", train_days, 1), ("valid-days", valid_days, 1), ("test-days", test_days, 1)):
+        if count < least:
+            raise UserError(f"--{name} {count}: at least {least}")
+    if valid_days >= train_days:
+        raise UserError(f"--valid-days {valid_days} leaves nothing of --train-days {train_days} to train on")
+    span = f"the log has {days[0]} to {days[-1]}"
+    date = date or days[-1] - dt.timedelta(days=test_days)
+    if date not in days:
+        raise UserError(f"--date {date}: no rows of that day; {span}")
+    first_valid = date - dt.timedelta(days=valid_days - 1)
+    first_train, last_test = date - dt.timedelta(days=train_days - 1), date + dt.timedelta(days=test_days)
+    window = Window(
+        train=tuple(day for day in days if first_train <= day < first_valid),
+        valid=tuple(day for day in days if first_valid <= day <= date),
+        test=tuple(day for day in days if date < day <= last_test),
+    )
+    if not window.train:
+        raise UserError(f"--date {date} --train-days {train_days}: no rows from {first_train} until the validation days "
+                        f"begin on {first_valid}; {span}")
+    if not window.test:
+        raise UserError(f"--date {date} --test-days {test_days}: no rows after it to test on; {span}")
+    return window
+
+
+def log_columns(schema: Schema) -> list[str]:
+    """The columns of the log that a schema needs."""
+    names = [USER_ID, ITEM_ID, LABEL, TIMESTAMP] + [field.name for field in schema.row_fields]
+    if schema.history_length:
+        names.append(HISTORY)
+    if schema.truth:
+        names.append(schema.truth)
+    return list(dict.fromkeys(names))
+
+
+def list_row_groups(data: str, files: dict[dt.date, list[str]], days: tuple[dt.date, ...], schema: Schema) -> list[RowGroup]:
+    """The row groups of `days` in the order of the log, their columns checked against the schema.
+
+    Raises:
+        UserError: an unreadable file, or a missing or mistyped column.
+    """
+    filesystem_, _ = filesystem(data)
+    groups = []
+    for day in days:
+        for path in files[day]:
+            try:
+                with filesystem_.open_input_file(path) as stream:
+                    metadata = pq.read_metadata(stream)
+            except pa.ArrowInvalid as error:
+                raise UserError(f"{path}: not a readable Parquet file ({error}); restore or remove it") from None
+            check_types(path, metadata.schema.to_arrow_schema(), schema)
+            groups += [RowGroup(day, path, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)
+                       if metadata.row_group(i).num_rows]
+    return groups
+
+
+def check_types(path: str, found: pa.Schema, schema: Schema) -> None:
+    """Raise a UserError for the first missing or mistyped column of a log file."""
+    require_columns(path, log_columns(schema), found.names)
+
+    def is_id(type_: pa.DataType) -> bool:
+        type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
+        return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_integer(type_)
+
+    def is_list(type_: pa.DataType) -> bool:
+        return (pa.types.is_list(type_) or pa.types.is_large_list(type_)) and is_id(type_.value_type)
+
+    def is_number(type_: pa.DataType) -> bool:
+        return pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)
+
+    wanted = [(USER_ID, is_id, "strings or integers"), (ITEM_ID, is_id, "strings or integers"),
+              (LABEL, is_number, "0 and 1"), (TIMESTAMP, pa.types.is_integer, "integers: seconds UTC")]
+    for field in schema.row_fields:
+        wanted.append((field.name, is_id, "strings or integers") if field.kind == CATEGORICAL
+                      else (field.name, is_list, "lists of strings or integers"))
+    if schema.history_length:
+        wanted.append((HISTORY, is_list, "lists of item ids"))
+    if schema.truth:
+        wanted.append((schema.truth, pa.types.is_floating, "probabilities"))
+    for name, right, expected in wanted:
+        if not right(found.field(name).type):
+            raise UserError(f"{path}: column '{name}' is of type {found.field(name).type}; expected {expected}")
+
+
+def read_row_group(data: str, group: RowGroup, schema: Schema) -> pa.Table:
+    """One row group, with the schema's columns."""
+    filesystem_, _ = filesystem(data)
+    with filesystem_.open_input_file(group.path) as stream:
+        return pq.ParquetFile(stream).read_row_group(group.index, columns=log_columns(schema))
+
+
+def find_faults(table: pa.Table, day: dt.date, catalog: Catalog) -> np.ndarray:
+    """What is wrong with each row: int8 index into REASONS, 0 for a good row, else the first that applies."""
+    faults = np.zeros(table.num_rows, np.int8)
+    midnight = int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp())
+    label, timestamp = table[LABEL].cast(pa.float64()), table[TIMESTAMP]
+    rows = catalog.ids.lookup(table[ITEM_ID], ITEM_ID)
+    checks = [
+        pc.is_null(table[USER_ID]).to_numpy(),
+        pc.is_null(table[ITEM_ID]).to_numpy(),
+        ~catalog.present[rows],
+        ~pc.fill_null(pc.or_(pc.equal(label, 0.0), pc.equal(label, 1.0)), False).to_numpy(),
+        ~pc.fill_null(pc.and_(pc.greater_equal(timestamp, midnight), pc.less(timestamp, midnight + 86400)), False)
+        .to_numpy(),
+    ]
+    for code in range(len(checks), 0, -1):
+        faults[checks[code - 1]] = code
+    return faults
+
+
+def encode(table: pa.Table, schema: Schema, vocabularies: dict[str, Vocabulary], catalog: Catalog,
+           keep: tuple[str, ...] = ()) -> pa.Table:
+    """Good rows as integers: what is streamed to the trainers.
+
+    Returns:
+        Columns `label` (float32), `item` (int32 catalog row), `history` (fixed-size list of int32 catalog rows, oldest
+        first, padding at the end), each user and context field (int32 row, or a list of them), `filler` (bool, false),
+        and each column named in `keep` as it is, under the name `raw.` and its own.
+    """
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {
+        LABEL: table[LABEL].cast(pa.float32()),
+        ITEM: pa.array(catalog.ids.lookup(table[ITEM_ID], ITEM_ID)),
+        FILLER: pa.array(np.zeros(table.num_rows, bool)),
+    }
+    for field in schema.row_fields:
+        values, vocabulary = table[field.name].combine_chunks(), vocabularies[field.name]
+        if field.kind == CATEGORICAL:
+            columns[field.name] = pa.array(vocabulary.lookup(values, field.name))
+        else:
+            offsets, flat = list_parts(values)
+            columns[field.name] = pa.LargeListArray.from_arrays(offsets, vocabulary.lookup(flat, field.name))
+    if schema.history_length:
+        rows = recent_rows(table[HISTORY].combine_chunks(), catalog, schema.history_length)
+        columns[HISTORY] = pa.FixedSizeListArray.from_arrays(rows.ravel(), schema.history_length)
+    return pa.table(columns | {f"raw.{name}": table[name] for name in keep})
+
+
+def list_parts(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """Offsets (int64, from 0) and flat values of a list column; a null list is an empty one."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), pc.list_flatten(lists)
+
+
+def recent_rows(histories: pa.Array, catalog: Catalog, length: int) -> np.ndarray:
+    """The last `length` items of each history as catalog rows, int32 [n, length], oldest first, zeros at the end."""
+    offsets, flat = list_parts(histories)
+    ends = offsets[1:, None]
+    starts = np.maximum(offsets[:-1, None], ends - length)
+    at = starts + np.arange(length)
+    inside = at < ends
+    rows = catalog.ids.lookup(flat, HISTORY)
+    out = np.zeros(at.shape, np.int32)
+    out[inside] = rows[at[inside]]
+    return out
+
+
+def fillers(schema: Schema, count: int) -> pa.Table:
+    """`count` rows that stand for nothing: they fill the last batch of an epoch and are dropped by whoever gets them."""
+    columns: dict[str, pa.Array] = {
+        LABEL: pa.array(np.zeros(count, np.float32)),
+        ITEM: pa.array(np.zeros(count, np.int32)),
+        FILLER: pa.array(np.ones(count, bool)),
+    }
+    for field in schema.row_fields:
+        columns[field.name] = (
+            pa.array(np.full(count, UNKNOWN, np.int32)) if field.kind == CATEGORICAL
+            else pa.LargeListArray.from_arrays(np.zeros(count + 1, np.int64), np.empty(0, np.int32))
+        )
+    if schema.history_length:
+        columns[HISTORY] = pa.FixedSizeListArray.from_arrays(np.zeros(count * schema.history_length, np.int32),
+                                                             schema.history_length)
+    return pa.table(columns)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Row groups that are read, shuffled and streamed together, then fillers. Small enough for one worker's memory."""
+
+    groups: tuple[RowGroup, ...] = ()
+    seed: tuple[int, ...] | None = None
+    fillers: int = 0
+
+
+def plan_epoch(groups: list[RowGroup], rows: int, batch_size: int, seed: tuple[int, ...] | None,
+               chunk_rows: int = 32768) -> list[Chunk]:
+    """An epoch over `groups` as chunks, ending in fillers that make it a whole number of global batches.
+
+    Args:
+        rows: good rows in `groups`.
+        batch_size: rows of a global batch.
+        seed: decides the order of chunks and of rows within each; None keeps the order of the log.
+    """
+    chunks: list[list[RowGroup]] = [[]]
+    for group in groups:
+        if chunks[-1] and sum(g.rows for g in chunks[-1]) + group.rows > chunk_rows:
+            chunks.append([])
+        chunks[-1].append(group)
+    order = range(len(chunks)) if seed is None else np.random.default_rng(seed).permutation(len(chunks))
+    planned = [Chunk(tuple(chunks[i]), None if seed is None else (*seed, int(i))) for i in order]
+    return [*planned, Chunk(fillers=-rows % batch_size)]
+
+
+def read_chunk(data: str, chunk: Chunk, schema: Schema, vocabularies: dict[str, Vocabulary], catalog: Catalog,
+               keep: tuple[str, ...] = ()) -> Iterator[pa.Table]:
+    """The good rows of a chunk, encoded and shuffled by its seed. Yields at most one table."""
+    tables = []
+    for group in chunk.groups:
+        table = read_row_group(data, group, schema)
+        good = find_faults(table, group.day, catalog) == 0
+        tables.append(encode(table.filter(pa.array(good)), schema, vocabularies, catalog, keep))
+    if chunk.fillers:
+        tables.append(fillers(schema, chunk.fillers))
+    if not tables:
+        return
+    table = pa.concat_tables(tables).combine_chunks()
+    if chunk.seed is not None:
+        table = table.take(pa.array(np.random.default_rng(chunk.seed).permutation(table.num_rows)))
+    yield table

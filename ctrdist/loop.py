@@ -1,0 +1,329 @@
+"""**The** training loop: every stage of every method is a task that it runs, on one worker or many."""
+
+import json
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ctrdist.embedding import tables_of
+from ctrdist.errors import UserError
+from ctrdist.group import Group, attach_group
+from ctrdist.metrics import StreamingMetrics
+from ctrdist.optim import Schedule, learning_rate
+from ctrdist.tasks import Task
+
+Precision = Literal["auto", "float32", "bfloat16", "float64"]
+Record = dict[str, float]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How a task is trained.
+
+    Args:
+        steps_per_epoch: global batches of an epoch.
+        epochs: epochs, at most.
+        patience: stop after this many epochs without a better validation AUC; 0 never stops early.
+        schedule: course of the learning rates.
+        warmup: share of all steps over which they rise.
+        clip_norm: largest norm of the dense gradients; 0 for no limit.
+        precision: `bfloat16` is autocast; `auto` is that where the chip computes in it, else float32.
+        seed: decides every draw; each step draws from (seed, step, rank).
+        log_seconds: seconds between two records of the loss.
+        checkpoint_seconds: seconds between two checkpoints within an epoch; there is one after each epoch in any case.
+        threads: threads of this process; 0 leaves PyTorch's choice.
+    """
+
+    steps_per_epoch: int
+    epochs: int = 1
+    patience: int = 0
+    schedule: Schedule = "constant"
+    warmup: float = 0.0
+    clip_norm: float = 0.0
+    precision: Precision = "float32"
+    seed: int = 0
+    log_seconds: float = 2.0
+    checkpoint_seconds: float = 300.0
+    threads: int = 0
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights, all that a checkpoint holds.
+
+    Args:
+        step: global batches done: the cursor of the run.
+        best_auc: best validation AUC so far; NaN without validation.
+        best_epoch: the epoch (from 1) it was reached after.
+        losses: [step, loss] pairs, the mean loss since the pair before.
+        valid_auc: [epoch, AUC] pairs.
+        finished: whether training has ended.
+    """
+
+    step: int = 0
+    best_auc: float = math.nan
+    best_epoch: int = 0
+    losses: list[list[float]] = field(default_factory=list)
+    valid_auc: list[list[float]] = field(default_factory=list)
+    finished: bool = False
+
+
+def fit(task: Task, train: Callable[[int], Iterator[Any]], config: LoopConfig, *, group: Group | None = None,
+        valid: Callable[[], Iterator[Any]] | None = None, device: str | torch.device = "cpu",
+        resume: Path | None = None, checkpoint: Callable[[Callable[[Path], None], Progress], None] | None = None,
+        record: Callable[[Record], None] | None = None) -> Progress:
+    """Train `task` in place; it ends with the weights of the best epoch by validation AUC, or of the last one.
+
+    Args:
+        train: this worker's batches from global batch `step` on, through all the epochs. Every worker gets the same
+            number of them; some may be empty.
+        group: the workers that train together; alone if None.
+        valid: this worker's share of the validation rows, anew at each call. Needs `task.predict`.
+        resume: folder that an earlier `checkpoint` wrote; training goes on from there.
+        checkpoint: called on rank 0 with a function that writes a checkpoint to a folder.
+        record: called on rank 0 with metrics to log: step, epoch, loss terms, rows/s, share of time waiting for data.
+
+    Raises:
+        UserError: the loss is not finite.
+    """
+    group = group or Group()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    task = task.to(device)
+    if config.precision == "float64":
+        task.double()
+    attach_group(task, group)
+    tables = tables_of(task)
+    optimizer = make_optimizer(task)
+    model = wrap(task, group, device)
+    progress, best = Progress(), None
+    if resume is not None:
+        progress, best = load_checkpoint(resume, task, optimizer)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=use_bfloat16(config.precision, device))
+    meter = Meter(progress, config, record if group.rank == 0 else None)
+    total = config.steps_per_epoch * config.epochs
+    saved_at = time.monotonic()
+    batches = prefetch(train(progress.step)) if progress.step < total and not progress.finished else iter(())
+    task.train()
+    while progress.step < total and not progress.finished:
+        with meter.waiting():
+            batch = next(batches).to(device)
+        torch.manual_seed(hash((config.seed, progress.step, group.rank)) & 0x7FFFFFFF)
+        factor = learning_rate(config.schedule, config.warmup, progress.step, total)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = parameters["initial_lr"] * factor
+        with autocast:
+            losses = model(batch)
+        losses["loss"].backward()
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for table in tables:
+            table.push(group, factor)
+        progress.step += 1
+        meter.add(losses, len(batch) * group.size)
+        ended = progress.step % config.steps_per_epoch == 0
+        if ended:
+            meter.flush()
+            if valid is not None:
+                best = validate(task, valid, progress, config, group, device, best)
+                meter.validated()
+            progress.finished = progress.finished or progress.step >= total
+        if checkpoint and group.rank == 0 and (ended or time.monotonic() - saved_at > config.checkpoint_seconds):
+            checkpoint(lambda folder: save_checkpoint(folder, task, optimizer, progress, best), progress)
+            saved_at = time.monotonic()
+    if best is not None:
+        task.load_state_dict(best)
+    task.eval()
+    return progress
+
+
+def make_optimizer(task: Task) -> torch.optim.AdamW:
+    """AdamW over the task's groups; whatever no group names is frozen."""
+    groups = task.parameter_groups()
+    named = {id(p) for group in groups for p in group["params"]}
+    for parameter in task.parameters():
+        parameter.requires_grad_(id(parameter) in named)
+    groups = [group | {"initial_lr": group["lr"]} for group in groups] or [{"params": [nn.Parameter(torch.zeros(1))],
+                                                                            "initial_lr": 0.0}]
+    return torch.optim.AdamW(groups)
+
+
+def wrap(task: Task, group: Group, device: str | torch.device) -> nn.Module:
+    """The task in DDP, if there are several workers and something dense to train. Tables are buffers: DDP skips them."""
+    if group.size == 1 or not any(p.requires_grad for p in task.parameters()):
+        return task
+    ids = [torch.device(device)] if torch.device(device).type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(task, device_ids=ids, broadcast_buffers=False)
+
+
+def use_bfloat16(precision: Precision, device: str | torch.device) -> bool:
+    """Whether a precision means bfloat16 autocast on a device."""
+    if precision != "auto":
+        return precision == "bfloat16"
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and "avx512_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> str:
+    try:
+        return next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    except OSError:
+        return ""
+
+
+@torch.no_grad()
+def validate(task: Task, valid: Callable[[], Iterator[Any]], progress: Progress, config: LoopConfig, group: Group,
+             device: str | torch.device, best: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Score the validation rows of all workers, note the AUC, and keep a copy of the weights if they are the best."""
+    task.eval()
+    metrics = StreamingMetrics()
+    for batch in prefetch(valid()):
+        if len(batch):
+            batch = batch.to(device)
+            metrics.update(batch.label.cpu().numpy(), task.predict(batch).cpu().numpy())
+    total = group.all_reduce(torch.from_numpy(metrics.state).to(device)).cpu().numpy()
+    metrics = StreamingMetrics()
+    metrics.merge(total)
+    task.train()
+    epoch, auc = progress.step // config.steps_per_epoch, metrics.auc()
+    progress.valid_auc.append([epoch, auc])
+    if best is None or not auc <= progress.best_auc:
+        progress.best_auc, progress.best_epoch = auc, epoch
+        best = {name: value.detach().clone() for name, value in task.state_dict().items()}
+    progress.finished = bool(config.patience) and epoch - progress.best_epoch >= config.patience
+    return best
+
+
+class Meter:
+    """Losses and speed between two records. The losses stay on the device until a record is due."""
+
+    def __init__(self, progress: Progress, config: LoopConfig, record: Callable[[Record], None] | None) -> None:
+        self.progress, self.config, self.record = progress, config, record
+        self.sums: dict[str, Tensor] = {}
+        self.steps = self.rows = 0
+        self.waited = 0.0
+        self.since = time.monotonic()
+
+    def waiting(self) -> "Meter":
+        """A context whose time counts as waiting for data."""
+        return self
+
+    def __enter__(self) -> None:
+        self.entered = time.monotonic()
+
+    def __exit__(self, *exception: object) -> None:
+        self.waited += time.monotonic() - self.entered
+
+    def add(self, losses: dict[str, Tensor], rows: int) -> None:
+        """Count a step; a record follows when it is due."""
+        for name, value in losses.items():
+            value = value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
+        self.rows += rows
+        if time.monotonic() - self.since >= self.config.log_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Record the means since the last record."""
+        if not self.steps:
+            return
+        seconds = max(1e-9, time.monotonic() - self.since)
+        means = {name: (value / self.steps).item() for name, value in self.sums.items()}
+        if not math.isfinite(means["loss"]):
+            raise UserError(f"the loss is {means['loss']} at step {self.progress.step}; lower the learning rate "
+                            "(--ctr.lr, --ctr.table-lr, --pretrain.lr or --align.lr)")
+        self.progress.losses.append([self.progress.step, means["loss"]])
+        self._send(means | {"rows_per_second": self.rows / seconds, "data_wait": self.waited / seconds})
+        self.sums, self.steps, self.rows, self.waited, self.since = {}, 0, 0, 0.0, time.monotonic()
+
+    def validated(self) -> None:
+        """Record the last validation AUC."""
+        self._send({"valid_auc": self.progress.valid_auc[-1][1]})
+        self.since = time.monotonic()
+
+    def _send(self, values: Record) -> None:
+        if self.record:
+            steps = self.config.steps_per_epoch
+            self.record({"step": self.progress.step, "steps": steps * self.config.epochs,
+                         "epoch": self.progress.step / steps} | values)
+
+
+def save_checkpoint(folder: Path, task: Task, optimizer: torch.optim.Optimizer, progress: Progress,
+                    best: dict[str, Tensor] | None) -> None:
+    """Write weights, optimizer state, best weights and progress, as safetensors and JSON."""
+    save_file({name: value.contiguous() for name, value in unshared(task).items()}, folder / "last.safetensors")
+    if best is not None:
+        save_file({name: value.contiguous() for name, value in best.items()}, folder / "best.safetensors")
+    moments = {f"{index}.{name}": value for index, state in optimizer.state_dict()["state"].items()
+               for name, value in state.items()}
+    save_file(moments, folder / "optimizer.safetensors")
+    (folder / "progress.json").write_text(json.dumps(progress.__dict__))
+
+
+def load_checkpoint(folder: Path, task: Task, optimizer: torch.optim.Optimizer) -> tuple[Progress, dict[str, Tensor] | None]:
+    """Load what `save_checkpoint` wrote into task and optimizer; returns the progress and the best weights."""
+    task.load_state_dict(load_file(folder / "last.safetensors"), strict=False)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(folder / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    best = folder / "best.safetensors"
+    progress = Progress(**json.loads((folder / "progress.json").read_text()))
+    return progress, load_file(best) if best.exists() else None
+
+
+def unshared(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module with each tensor once: safetensors refuses tied weights."""
+    seen: set[int] = set()
+    return {name: value for name, value in module.state_dict().items()
+            if value.numel() == 0 or not (value.data_ptr() in seen or seen.add(value.data_ptr()))}
+
+
+def prefetch(batches: Iterator[Any], depth: int = 2) -> Iterator[Any]:
+    """The same batches, made in a thread that stays `depth` ahead. An error there is raised here."""
+    ready: queue.Queue = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: tuple[str, Any]) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put(("batch", batch)):
+                    return
+            put(("end", None))
+        except BaseException as error:
+            put(("error", error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stop.set()

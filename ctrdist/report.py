@@ -1,0 +1,205 @@
+"""The report of a day's run: `report.json` for machines, `report.html` for people, one table for the job's end.
+
+All three are made from one plain dictionary that holds what JSON holds:
+
+    date, release          str
+    rows                   {"train", "valid", "test", "cold", "quarantined": count}
+    window                 {"train", "valid", "test": [first day, last day]}
+    quarantine             {"folder": str or None, "reasons": {reason: count}}
+    models                 {name: as `metrics.evaluate`}; "best" scores by the true click
+                           probability, which only a synthetic world knows: no model does better
+    gain                   as `metrics.gain`
+    groups                 as `metrics.popularity_groups`
+    stages                 {name: {"seconds", "rows", "skipped", "losses": [[step, loss], ...],
+                           "valid_auc": [[epoch, auc], ...]}}, in the order they ran
+    text_table             {"items", "dim"}
+    peak_memory_bytes      count or None
+    config, versions       dictionaries of what the run was made with
+
+Only `date` and `models` must be there. What is missing, None or NaN is shown as a dash, or not at all.
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from ctrdist.metrics import json_safe
+
+STAGE_TITLES = {
+    "id": "ID model",
+    "dap": "Domain-adaptive pre-training",
+    "roma": "Item alignment",
+    "encode": "Text table",
+    "mf2": "Fused model",
+    "evaluate": "Evaluation",
+}
+"""What a person calls each stage of the CELA pipeline; a second round of one is named `roma_2`."""
+
+
+def write_report(report: Mapping, folder: Path) -> Path:
+    """Writes `report.json` and a self-contained `report.html` to `folder`; returns the path of the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = json_safe(report)
+    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    page = folder / "report.html"
+    page.write_text(render_html(report), encoding="utf-8")
+    return page
+
+
+def render_html(report: Mapping) -> str:
+    """The report as one HTML page with no outside assets: charts are inline SVG, and it follows light or dark mode."""
+    # matplotlib and Jinja2 take a second to import, which `--help` and the workers would pay for nothing.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from ctrdist import charts
+
+    report = json_safe(report)
+    environment = Environment(
+        loader=PackageLoader("ctrdist"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "count": count,
+        "metric": metric,
+        "signed": signed,
+        "duration": duration,
+        "size": size,
+        "rate": rate,
+        "p_value": p_value,
+        "stage": stage_title,
+        "model": model_title,
+        "json": lambda value: json.dumps(value, indent=2, default=str),
+    }
+    models, stages, groups = report["models"], report.get("stages") or {}, report.get("groups") or []
+    bins = {model_title(name): model["calibration"] for name, model in models.items() if model.get("calibration")}
+    drawn = {name: model_title(name) for name in models if any(name in group["auc"] for group in groups)}
+    pictures = {
+        "popularity": charts.popularity(groups, drawn) if groups else None,
+        "calibration": charts.calibration(bins) if bins else None,
+    }
+    curves = {}
+    for name, stage in stages.items():
+        loss, valid = finite(stage.get("losses")), finite(stage.get("valid_auc"))
+        drawn_curves = [charts.curve(loss, "step", "loss")] if loss else []
+        drawn_curves += [charts.curve(valid, "epoch", "validation AUC", series=1)] if valid else []
+        if drawn_curves:
+            curves[name] = drawn_curves
+    sections = {name: report.get(name) or {} for name in _SECTIONS}
+    return environment.get_template("report.html.j2").render(
+        report=report, **sections, models=models, stages=stages, groups=groups, pictures=pictures, curves=curves
+    )
+
+
+_SECTIONS = ("rows", "window", "quarantine", "gain", "text_table", "config", "versions")
+
+
+def console_table(report: Mapping, width: int = 100) -> str:
+    """The report in about 20 lines of plain text, `width` columns wide: what the job prints last."""
+    report = json_safe(report)
+    rows, quarantine = report.get("rows") or {}, report.get("quarantine") or {}
+    gain = report.get("gain") or {}
+    models = _table("model", "AUC", "log loss", "GAUC", "AUC cold", "log loss cold")
+    for name, model in report["models"].items():
+        values = (model.get(key) for key in ("auc", "log_loss", "gauc", "auc_cold", "log_loss_cold"))
+        models.add_row(model_title(name), *map(metric, values))
+    gained = f"gain  overall {_gain_phrase(gain, 'auc')},  cold {_gain_phrase(gain, 'cold')}"
+    stages = _table("stage", "seconds", "rows", "rows/s", "")
+    for name, stage in (report.get("stages") or {}).items():
+        note = "skipped: complete from an earlier run" if stage.get("skipped") else ""
+        seconds = "-" if stage.get("seconds") is None else f"{stage['seconds']:,.1f}"
+        stages.add_row(name, seconds, count(stage.get("rows")), rate(stage), note)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("rows", ", ".join(f"{count(rows.get(part))} {part}" for part in ("train", "valid", "test", "cold")))
+    folder = f" in {quarantine['folder']}" if quarantine.get("folder") else ""
+    facts.add_row("quarantined", f"{count(rows.get('quarantined'))}{folder}")
+    facts.add_row("release", report.get("release") or "-")
+    facts.add_row("peak memory", size(report.get("peak_memory_bytes")))
+    out = io.StringIO()
+    parts = Group(Text(f"CTR report {report['date']}"), Text(), models, Text(gained), Text(), stages, Text(), facts)
+    Console(file=out, width=width, color_system=None).print(parts)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _table(name: str, *columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column(name, min_width=12)
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))
+    return table
+
+
+def _gain_phrase(gain: Mapping, key: str) -> str:
+    if gain.get(key) is None:
+        return "-"
+    error = "" if gain.get(f"{key}_se") is None else f" ± {gain[f'{key}_se']:.4f}"
+    p = "" if gain.get(f"{key}_p") is None else f" ({p_value(gain[f'{key}_p'])})"
+    return f"{signed(gain[key])}{error}{p}"
+
+
+def finite(points: list | None) -> list:
+    """The points [[x, y], ...] that can be drawn."""
+    return [point for point in points or [] if point[1] is not None]
+
+
+def stage_title(name: str) -> str:
+    """A stage's name for people: "roma_2" is "Item alignment (2)"; an unknown name stays."""
+    base, _, turn = name.partition("_")
+    return STAGE_TITLES.get(base, base) + (f" ({turn})" if turn else "")
+
+
+def model_title(name: str) -> str:
+    """A model's name for people: "best" is the known truth of a synthetic world."""
+    return "best possible" if name == "best" else name
+
+
+def count(value: float | None) -> str:
+    """12345 as "12,345"; None as a dash."""
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def metric(value: float | None) -> str:
+    """Four decimals, as the papers print them; None as a dash."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def signed(value: float | None) -> str:
+    """A difference with its sign and four decimals; None as a dash."""
+    return "-" if value is None else f"{value:+.4f}".replace("-", "−")
+
+
+def p_value(value: float | None) -> str:
+    """ "p = 0.012", or "p < 0.001" where it is smaller; None as a dash."""
+    if value is None:
+        return "-"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def duration(seconds: float | None) -> str:
+    """12.3 s, 4 min 5 s, 2 h 3 min; None as a dash."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(value: float | None) -> str:
+    """Bytes as GiB or MiB; None as a dash."""
+    if value is None:
+        return "-"
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def rate(stage: Mapping) -> str:
+    """Rows a second of a stage, or a dash where it was skipped or has no rows."""
+    rows, seconds = stage.get("rows"), stage.get("seconds")
+    return "-" if stage.get("skipped") or not rows or not seconds else count(rows / seconds)

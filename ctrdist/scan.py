@@ -1,0 +1,113 @@
+"""One pass over new days before training: what is wrong, which ids there are, how often each item stands."""
+
+import datetime as dt
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ctrdist.items import Catalog
+from ctrdist.log import REASONS, RowGroup, find_faults, list_parts, read_row_group
+from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, Schema
+from ctrdist.vocabulary import UNKNOWN, sum_counts, to_keys
+
+Counts = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass
+class Scan:
+    """What a pass over some rows found. Scans add up, in any order.
+
+    Args:
+        rows: good rows by day.
+        clicks: of these, the clicks.
+        faults: rows by what is wrong with them (REASONS, without "ok").
+        strangers: behaviours in histories of items that are not in `items/`; they count as unknown items.
+        items: catalog rows and good rows of each, by day.
+        ids: distinct values of each user and context field and how often each occurs.
+    """
+
+    rows: dict[dt.date, int] = field(default_factory=dict)
+    clicks: dict[dt.date, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
+    strangers: int = 0
+    items: dict[dt.date, Counts] = field(default_factory=dict)
+    ids: dict[str, Counts] = field(default_factory=dict)
+
+    @property
+    def quarantined(self) -> int:
+        """Bad rows."""
+        return sum(self.faults.values())
+
+    def add(self, other: "Scan") -> None:
+        """Add another scan to this one."""
+        for name in ("rows", "clicks", "faults"):
+            mine = getattr(self, name)
+            for key, count in getattr(other, name).items():
+                mine[key] = mine.get(key, 0) + count
+        for name in ("items", "ids"):
+            mine = getattr(self, name)
+            for key, counts in getattr(other, name).items():
+                mine[key] = add_counts(mine[key], counts) if key in mine else counts
+        self.strangers += other.strangers
+
+
+def add_counts(a: Counts, b: Counts) -> Counts:
+    """The sum of two counts of keys."""
+    return sum_counts(np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]]))
+
+
+def scan_row_group(data: str, group: RowGroup, schema: Schema, catalog: Catalog, quarantine: Path,
+                   ids: bool = True) -> Scan:
+    """Check and count the rows of one row group; bad ones go to a Parquet file in `quarantine` with their reason.
+
+    Args:
+        ids: count the values of user and context fields; only rows that will be trained on need it.
+    """
+    table = read_row_group(data, group, schema)
+    faults = find_faults(table, group.day, catalog)
+    by_fault = np.bincount(faults, minlength=len(REASONS))
+    scan = Scan(faults={reason: int(n) for reason, n in zip(REASONS[1:], by_fault[1:], strict=True) if n})
+    if scan.quarantined:
+        write_quarantine(table, faults, group, quarantine)
+    good = table.filter(pa.array(faults == 0))
+    item_rows = catalog.ids.lookup(good[ITEM_ID], ITEM_ID)
+    scan.rows[group.day] = good.num_rows
+    scan.clicks[group.day] = int(pc.sum(good[LABEL].cast(pa.int64())).as_py() or 0)
+    scan.items[group.day] = sum_counts(item_rows, np.ones(len(item_rows)))
+    if schema.history_length:
+        _, flat = list_parts(good[HISTORY].combine_chunks())
+        scan.strangers = int((catalog.ids.lookup(flat, HISTORY) == UNKNOWN).sum())
+    for schema_field in schema.row_fields if ids else ():
+        values = good[schema_field.name].combine_chunks()
+        if schema_field.kind != CATEGORICAL:
+            values = pc.list_flatten(values)
+        found = pc.value_counts(values.drop_null())
+        scan.ids[schema_field.name] = sum_counts(to_keys(found.field("values"), schema_field.name),
+                                                 found.field("counts").to_numpy())
+    return scan
+
+
+def write_quarantine(table: pa.Table, faults: np.ndarray, group: RowGroup, folder: Path) -> None:
+    """The bad rows of a row group, as they are, with the columns `reason`, `file` and `row` beside them."""
+    bad = np.flatnonzero(faults)
+    out = table.take(pa.array(bad))
+    out = out.append_column("reason", pa.array([REASONS[code] for code in faults[bad]]))
+    out = out.append_column("file", pa.array([group.path] * len(bad)))
+    out = out.append_column("row", pa.array(bad))
+    folder.mkdir(parents=True, exist_ok=True)
+    name = Path(group.path).stem
+    pq.write_table(out, folder / f"dt={group.day}.{name}.{group.index}.parquet")
+
+
+def item_counts(scans: dict[dt.date, Counts], days: tuple[dt.date, ...], size: int) -> np.ndarray:
+    """Good rows of each item over `days`, int64 [size], by catalog row."""
+    counts = np.zeros(size, np.int64)
+    for day in days:
+        if day in scans:
+            rows, numbers = scans[day]
+            counts[rows] += numbers
+    return counts

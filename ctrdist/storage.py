@@ -1,0 +1,184 @@
+"""The state of a pipeline: outputs that exist whole or not at all, in a local folder or on object storage.
+
+An output is written to a folder of its own that nobody has used before; one small manifest object, written last,
+makes it exist. Readers see manifests only, so a process may die at any time and leave nothing half-written in sight.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from ctrdist.errors import UserError
+
+
+def filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a local path or a URI (`s3://...`, `gs://...`, `hdfs://...`), and the path within it."""
+    if "://" in str(uri):
+        return fs.FileSystem.from_uri(str(uri))
+    return fs.LocalFileSystem(), os.path.abspath(uri)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Sixteen hex digits of anything that JSON can write, the same in every process."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What makes an output exist.
+
+    Args:
+        name: the output's name within the state.
+        folder: where its files lie, relative to the state.
+        inputs: fingerprint of what it was made from.
+        files: bytes and SHA-256 of each file, by its path within the folder.
+        facts: what its maker wants to be known without opening it (row counts, dates).
+    """
+
+    name: str
+    folder: str
+    inputs: str
+    files: dict[str, dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of the content."""
+        return fingerprint(self.name, self.files)
+
+
+class State:
+    """A state folder. Cheap to make and to pickle; any process of a job may hold one.
+
+    Args:
+        uri: a local path, or a URI of a filesystem that pyarrow opens.
+        cache: local folder for copies of remote outputs.
+    """
+
+    def __init__(self, uri: str | Path, cache: str | Path | None = None) -> None:
+        self.uri = str(uri)
+        self.cache = Path(cache or Path(tempfile.gettempdir()) / "ctrdist-cache")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the state lies on a filesystem of this machine."""
+        return "://" not in self.uri or self.uri.startswith("file://")
+
+    def path(self, name: str) -> str:
+        """The full path or URI of something in the state, for messages and links."""
+        return f"{self.uri.rstrip('/')}/{name}"
+
+    def find(self, name: str, inputs: str | None = None) -> Manifest | None:
+        """The manifest of output `name`; None if it does not exist or was made from other `inputs`."""
+        filesystem_, root = filesystem(self.uri)
+        path = f"{root}/{name}.json"
+        if filesystem_.get_file_info(path).type != fs.FileType.File:
+            return None
+        with filesystem_.open_input_stream(path) as stream:
+            manifest = Manifest(**json.loads(stream.read()))
+        return manifest if inputs in (None, manifest.inputs) else None
+
+    def names(self, under: str) -> list[str]:
+        """Names of the outputs directly in folder `under`, sorted."""
+        filesystem_, root = filesystem(self.uri)
+        listing = filesystem_.get_file_info(fs.FileSelector(f"{root}/{under}", allow_not_found=True))
+        return sorted(f"{under}/{info.base_name[:-5]}" for info in listing if info.base_name.endswith(".json"))
+
+    @contextmanager
+    def create(self, name: str, inputs: str = "", facts: dict[str, Any] | None = None) -> Iterator[Path]:
+        """A local folder to write output `name` into. It exists from when the block ends well; earlier ones are replaced.
+
+        `facts` may be filled within the block. On an exception nothing is left.
+        """
+        filesystem_, root = filesystem(self.uri)
+        folder = f"{name}.{uuid.uuid4().hex[:8]}"
+        local = Path(root) / folder if self.is_local else Path(tempfile.mkdtemp(prefix="ctrdist-"))
+        try:
+            local.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.uri}: cannot write there ({error.strerror}); give another --state") from None
+        before = self.find(name)
+        try:
+            yield local
+            files = {str(path.relative_to(local)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                     for path in sorted(local.rglob("*")) if path.is_file()}
+            if not self.is_local:
+                fs.copy_files(str(local), f"{root}/{folder}", destination_filesystem=filesystem_)
+            manifest = Manifest(name, folder, inputs, files, facts or {})
+            # Readable by people, and whole: the stream appears only when it is closed, or replaces by rename.
+            text = json.dumps(manifest.__dict__, indent=1).encode()
+            self._write_object(f"{name}.json", text)
+        except BaseException:
+            shutil.rmtree(local, ignore_errors=True)
+            raise
+        if not self.is_local:
+            shutil.rmtree(local, ignore_errors=True)
+        if before is not None:
+            filesystem_.delete_dir(f"{root}/{before.folder}")
+
+    def local(self, name: str) -> Path:
+        """A local folder with the files of output `name`: its own if the state is local, else a checked copy.
+
+        Raises:
+            UserError: there is no such output, or files are missing or cut short.
+        """
+        manifest = self.find(name)
+        if manifest is None:
+            raise UserError(f"{self.path(name)}: not there. Give the right --state, or run the job that makes it")
+        filesystem_, root = filesystem(self.uri)
+        folder = Path(root) / manifest.folder
+        if not self.is_local:
+            folder = self.cache / fingerprint(self.uri, manifest.identity)
+            if not (folder / ".complete").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                fs.copy_files(f"{root}/{manifest.folder}", str(folder), source_filesystem=filesystem_)
+                _check(folder, manifest, self)
+                (folder / ".complete").touch()
+        _check(folder, manifest, self)
+        return folder
+
+    def remove(self, name: str) -> None:
+        """Remove output `name`, manifest first. Nothing happens if it does not exist."""
+        manifest = self.find(name)
+        if manifest is not None:
+            filesystem_, root = filesystem(self.uri)
+            filesystem_.delete_file(f"{root}/{name}.json")
+            filesystem_.delete_dir(f"{root}/{manifest.folder}")
+
+    def _write_object(self, name: str, content: bytes) -> None:
+        filesystem_, root = filesystem(self.uri)
+        target = f"{root}/{name}"
+        if self.is_local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            partial = f"{target}.{uuid.uuid4().hex[:8]}"
+            Path(partial).write_bytes(content)
+            os.replace(partial, target)
+            return
+        with filesystem_.open_output_stream(target) as stream:
+            stream.write(content)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check(folder: Path, manifest: Manifest, state: State) -> None:
+    for name, facts in manifest.files.items():
+        size = (folder / name).stat().st_size if (folder / name).exists() else None
+        if size != facts["bytes"]:
+            raise UserError(
+                f"{folder / name}: {'missing' if size is None else f'{size} bytes'}, expected {facts['bytes']} bytes; "
+                f"remove {state.path(manifest.name)}.json and run the job again to make it anew"
+            )

@@ -1,0 +1,157 @@
+"""Click prediction: the task of the ID model, the fused model and every other model that is trained on clicks alone."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctrdist import backbones
+from ctrdist.backbones import BackboneConfigs, Inputs, Shape
+from ctrdist.batch import Batch
+from ctrdist.embedding import EmbeddingTable
+from ctrdist.group import Group
+from ctrdist.losses import binary_cross_entropy
+from ctrdist.optim import RowAdam, Schedule, split_decay
+from ctrdist.schema import Schema
+from ctrdist.tasks import Task
+
+
+@dataclass(frozen=True)
+class ClickConfig:
+    """The CTR model and how it is trained.
+
+    Args:
+        backbone: name of a network, a file of `ctrdist/backbones/`.
+        dim: d, the width of every field.
+        epochs: passes over the training days, at most.
+        patience: stop after this many epochs without a better validation AUC.
+        batch_size: rows of a global batch, over all workers.
+        lr: learning rate of the network.
+        weight_decay: AdamW's, on the network's matrices.
+        table_lr: learning rate of the embedding tables.
+        table_decay: L2 coefficient on the rows a batch touches.
+        schedule: course of both learning rates over all epochs.
+        warmup: share of the steps over which they rise.
+        networks: hyper-parameters of the backbones, by name.
+    """
+
+    backbone: str = "din"
+    dim: int = 16
+    epochs: int = 6
+    patience: int = 2
+    batch_size: int = 1024
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    table_lr: float = 1e-3
+    table_decay: float = 1e-2
+    schedule: Schedule = "constant"
+    warmup: float = 0.0
+    networks: BackboneConfigs = field(default_factory=BackboneConfigs)
+
+
+@dataclass(frozen=True)
+class FuseConfig:
+    """MF²: the text vector as one more field.
+
+    Args:
+        hidden: hidden units of the MLP that brings a text vector to the width of a field (eq. 13).
+        dropout: after each of them.
+    """
+
+    hidden: tuple[int, ...] = (64,)
+    dropout: float = 0.2
+
+
+class TextField(nn.Module):
+    """The text vector of an item [U, text width] as a field [U, d]: MLP and LayerNorm (CELA, eq. 13)."""
+
+    def __init__(self, text_dim: int, dim: int, config: FuseConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = text_dim
+        for units in config.hidden:
+            layers += [nn.Linear(width, units), nn.ReLU(), nn.Dropout(config.dropout)]
+            width = units
+        self.mlp = nn.Sequential(*layers, nn.Linear(width, dim))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.norm(self.mlp(text))
+
+
+class ClickModel(Task):
+    """Embeddings, backbone and binary cross-entropy (CELA, eq. 2, 3, 14).
+
+    Args:
+        schema: the fields.
+        sizes: rows of each field's table, by name.
+        config: model and training.
+        text_dim: width of the text table; 0 for an ID model (eq. 7).
+        fuse: the text field, for a fused model.
+        seed: decides the initial weights.
+    """
+
+    def __init__(self, schema: Schema, sizes: dict[str, int], config: ClickConfig, text_dim: int = 0,
+                 fuse: FuseConfig | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.group = Group()
+        self.config = config
+        self.row_names = [f.name for f in schema.row_fields]
+        self.item_names = [f.name for f in schema.item]
+        optimizer = RowAdam(lr=config.table_lr, weight_decay=config.table_decay)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.tables = nn.ModuleDict({
+                name: EmbeddingTable(sizes[name], config.dim, optimizer, seed=seed * 100 + position)
+                for position, name in enumerate(self.row_names + self.item_names)
+            })
+            history_fields = len(self.item_names) + (text_dim > 0) if schema.history_length else 0
+            fields = len(self.row_names) + len(self.item_names) + (text_dim > 0)
+            self.backbone = backbones.build(config.backbone, Shape(fields, history_fields, config.dim), config.networks)
+            self.text_field = TextField(text_dim, config.dim, fuse or FuseConfig()) if text_dim else None
+        self.target = tuple(range(len(self.row_names), fields)) if schema.history_length else ()
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """Look up and join every field of a batch. Each distinct item is embedded once."""
+        rows = [self.tables[name](batch.row_fields[name]) for name in self.row_names]
+        items = torch.stack([self.tables[name](batch.item_fields[name]) for name in self.item_names], 1)
+        if self.text_field is not None:
+            items = torch.cat([items, self.text_field(batch.text.to(items.dtype)).unsqueeze(1)], 1)
+        target = items[batch.target]
+        fields = torch.cat([torch.stack(rows, 1), target], 1) if rows else target
+        mask = batch.items[batch.history] != 0
+        return Inputs(fields, items[batch.history], mask, self.target)
+
+    def logits(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits [B], and the backbone's auxiliary losses by name."""
+        representation, direct, auxiliary = self.backbone.represent(self.inputs(batch))
+        return self.backbone.head(representation) + direct, auxiliary
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        logits, auxiliary = self.logits(batch)
+        click = binary_cross_entropy(logits, batch.label.to(logits.dtype), self.group)
+        return {"loss": click + sum(auxiliary.values()), **({"click": click, **auxiliary} if auxiliary else {})}
+
+    def predict(self, batch: Batch) -> Tensor:
+        return torch.sigmoid(self.logits(batch)[0].float())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return split_decay(self, self.config.lr, self.config.weight_decay)
+
+    def grow(self, sizes: dict[str, int]) -> None:
+        """Add rows for ids that have come since; the others stay as they are."""
+        for name, table in self.tables.items():
+            table.grow(sizes[name])
+
+    @torch.no_grad()
+    def item_embeddings(self, batch: Batch) -> Tensor:
+        """The item side of a batch's distinct items, text left out, joined: [U, F_item * d] (CELA, eq. 8)."""
+        return torch.cat([self.tables[name](batch.item_fields[name]) for name in self.item_names], 1)
+
+
+def table_sizes(vocabularies: dict[str, Any], schema: Schema) -> dict[str, int]:
+    """Rows of each field's table, by name."""
+    return {field.name: vocabularies[field.name].size for field in schema.row_fields + schema.item}
+
+

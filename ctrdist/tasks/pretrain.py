@@ -1,0 +1,95 @@
+"""Domain-adaptive pre-training: a language model reads the items' texts (CELA section 4.1.1)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctrdist.errors import UserError
+from ctrdist.group import Group
+from ctrdist.language.masking import MaskVocabulary, mask_tokens
+from ctrdist.language.model import LanguageModel
+from ctrdist.language.texts import TokenBatch
+from ctrdist.losses import info_nce, masked_language_model
+from ctrdist.tasks import Task
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Options of domain-adaptive pre-training.
+
+    Args:
+        epochs: passes over the items.
+        batch_size: items a step, over all workers.
+        lr: learning rate of AdamW.
+        weight_decay: of matrices; biases and LayerNorm have none.
+        warmup: share of the steps in which the learning rate rises, before it falls linearly to 0.
+        max_length: tokens of a text that are read, special tokens included.
+        mask_probability: share of the words that are to be predicted.
+        simcse_weight: the weight of SimCSE beside the masked-word loss (the paper's alpha, 0.1 to 1.5 there).
+        simcse_temperature: of SimCSE (the paper's tau1, 0.001 to 0.1 there).
+        every_days: a daily run pre-trains again when the last time is this many days ago; 0 = never again.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    lr: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    max_length: int = 64
+    mask_probability: float = 0.15
+    simcse_weight: float = 0.5
+    simcse_temperature: float = 0.05
+    every_days: int = 7
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_probability <= 1:
+            raise UserError(f"pretrain.mask_probability: {self.mask_probability} is not over 0 and at most 1")
+        if self.simcse_temperature <= 0:
+            raise UserError(f"pretrain.simcse_temperature: {self.simcse_temperature} is not over 0")
+        if self.simcse_weight < 0:
+            raise UserError(f"pretrain.simcse_weight: {self.simcse_weight} is under 0; 0 leaves SimCSE out")
+
+
+class DomainAdaptivePretraining(Task):
+    """Predict masked words, and tell each text, seen twice under different dropout, from all others.
+
+        L_DAP = L_MLM + alpha L_SimCSE                                                          (CELA eq. 6)
+
+    L_MLM is eq. 4 as a mean over the masked words; L_SimCSE is eq. 5 with cosine similarity, and all texts of the
+    global batch as negatives. In evaluation mode there is no dropout and the two views are the same.
+
+    Args:
+        language_model: loaded with `masked_lm=True`.
+        config: options.
+        seed: decides, with epoch, item and position, which words are masked. Dropout follows torch's random state.
+    """
+
+    def __init__(self, language_model: LanguageModel, config: PretrainConfig, seed: int = 0) -> None:
+        super().__init__()
+        assert language_model.has_head, "load the language model with masked_lm=True"
+        self.language_model, self.config, self.seed = language_model, config, seed
+        self.vocabulary = MaskVocabulary.of(language_model.tokenizer)
+        self.group = Group()
+
+    def forward(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """`loss`, `mlm` and `simcse` (unweighted; left out where its weight is 0) of B texts."""
+        config, model, rows = self.config, self.language_model, len(batch)
+        masked = mask_tokens(batch, self.vocabulary, config.mask_probability, self.seed)
+        copies = 3 if config.simcse_weight else 1
+        ids = torch.cat([masked.input_ids] + [batch.input_ids] * (copies - 1))
+        mask = batch.attention_mask.repeat(copies, 1)
+        hidden = model.hidden(ids, mask)
+        logits = model.token_logits(hidden[:rows].flatten(0, 1)[masked.positions])
+        if not config.simcse_weight:
+            loss = masked_language_model(logits, masked.targets, self.group)
+            return {"loss": loss, "mlm": loss.detach()}
+        first, second = model.pool(hidden[rows:], mask[rows:]).tensor_split(2)
+        mlm = masked_language_model(logits, masked.targets, self.group)
+        simcse = info_nce(first, second, config.simcse_temperature, self.group, similarity="cosine")
+        return {"loss": mlm + config.simcse_weight * simcse, "mlm": mlm.detach(), "simcse": simcse.detach()}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The whole language model and its masked-word head."""
+        return self.language_model.parameter_groups(self.config.lr, self.config.weight_decay)

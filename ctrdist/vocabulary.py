@@ -1,0 +1,148 @@
+"""id -> row maps whose rows never move. Row 0 is padding and row 1 is unknown, everywhere."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ctrdist.errors import UserError
+
+PADDING = 0
+UNKNOWN = 1
+FIRST_ROW = 2
+
+
+def to_keys(values: pa.Array, column: str = "column") -> np.ndarray:
+    """Ids as a NumPy array that sorts: int64 for integers, fixed-width UTF-8 bytes (`S`) for strings. No nulls.
+
+    Raises:
+        UserError: `values` are neither integers nor strings.
+    """
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
+        return values.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        raise UserError(f"column '{column}': ids of type {values.type}; expected strings or integers")
+    values = values.cast(pa.large_binary())
+    if len(values) == 0:
+        return np.empty(0, "S1")
+    offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
+    lengths = np.diff(offsets)
+    width = max(1, int(lengths.max()))
+    content = np.frombuffer(values.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
+    matrix = np.zeros((len(values), width), np.uint8)
+    matrix[np.repeat(np.arange(len(values)), lengths), _ranges(lengths)] = content
+    return matrix.view(f"S{width}").ravel()
+
+
+def _ranges(lengths: np.ndarray) -> np.ndarray:
+    """0..n-1 for each n of `lengths`, joined."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+
+
+class Vocabulary:
+    """The rows of one kind of id.
+
+    Ids and their rows are two arrays sorted by id, so a look-up is a binary search and the arrays can be
+    memory-mapped or shared between processes. Ids seen fewer than `min_count` times so far are remembered with
+    their counts and get a row once they reach it.
+    """
+
+    def __init__(self, keys: np.ndarray | None = None, rows: np.ndarray | None = None,
+                 pending: np.ndarray | None = None, pending_counts: np.ndarray | None = None) -> None:
+        empty = np.empty(0, "S1")
+        self.keys = empty if keys is None else keys
+        self.rows = np.empty(0, np.int32) if rows is None else rows
+        self.pending = empty if pending is None else pending
+        self.pending_counts = np.empty(0, np.int64) if pending_counts is None else pending_counts
+
+    @property
+    def size(self) -> int:
+        """Rows of a table for this vocabulary, padding and unknown included."""
+        return FIRST_ROW + len(self.keys)
+
+    def lookup(self, values: pa.Array | pa.ChunkedArray, column: str = "column") -> np.ndarray:
+        """Rows of `values`, int32 of the same length; UNKNOWN for null and for ids without a row.
+
+        Raises:
+            UserError: the ids are integers and the vocabulary's are strings, or the other way round.
+        """
+        if isinstance(values, pa.ChunkedArray):
+            values = values.combine_chunks()
+        encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
+        found = self.lookup_keys(to_keys(encoded.dictionary, column), column)
+        indices = encoded.indices
+        if indices.null_count:
+            indices, found = pc.fill_null(indices, len(found)), np.append(found, np.int32(UNKNOWN))
+        return found[indices.to_numpy(zero_copy_only=False)]
+
+    def lookup_keys(self, keys: np.ndarray, column: str = "column") -> np.ndarray:
+        """`lookup` for keys as `to_keys` gives them."""
+        if len(self.keys) == 0 or len(keys) == 0:
+            return np.full(len(keys), UNKNOWN, np.int32)
+        if keys.dtype.kind != self.keys.dtype.kind:
+            names = {"S": "strings", "i": "integers"}
+            raise UserError(
+                f"column '{column}': ids are {names[keys.dtype.kind]}, but {names[self.keys.dtype.kind]} before; "
+                "keep one type for a column, or start a new state folder"
+            )
+        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where(self.keys[at] == keys, self.rows[at], UNKNOWN).astype(np.int32)
+
+    def grow(self, keys: np.ndarray, counts: np.ndarray, min_count: int = 1, column: str = "column") -> "Vocabulary":
+        """A vocabulary with the same rows and new ones, in the order of the ids, for ids that now reach `min_count`.
+
+        Args:
+            keys: distinct ids, as `to_keys` gives them.
+            counts: how often each occurs in the rows added, int64.
+        """
+        new = self.lookup_keys(keys, column) == UNKNOWN
+        keys, counts = keys[new], counts[new]
+        if len(self.pending):
+            keys, counts = sum_counts(np.concatenate([self.pending, keys]),
+                                      np.concatenate([self.pending_counts, counts]))
+        else:
+            keys, counts = sum_counts(keys, counts)
+        enough = counts >= min_count
+        added = keys[enough]
+        all_keys = np.concatenate([self.keys, added]) if len(self.keys) else added
+        all_rows = np.concatenate([self.rows, np.arange(self.size, self.size + len(added), dtype=np.int32)])
+        order = np.argsort(all_keys, kind="stable")
+        return Vocabulary(all_keys[order], all_rows[order], keys[~enough], counts[~enough])
+
+    def in_row_order(self) -> np.ndarray:
+        """The ids in the order of their rows, the first at FIRST_ROW."""
+        return self.keys[np.argsort(self.rows, kind="stable")]
+
+    def save(self, folder: Path) -> None:
+        """Write four `.npy` files to `folder`, which is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("keys", "rows", "pending", "pending_counts"):
+            np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Vocabulary":
+        """Memory-map what `save` wrote."""
+        names = ("keys", "rows", "pending", "pending_counts")
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names))
+
+
+def sum_counts(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct keys, sorted, and the sum of each one's counts (int64)."""
+    distinct, inverse = np.unique(keys, return_inverse=True)
+    return distinct, np.bincount(inverse, weights=counts, minlength=len(distinct)).astype(np.int64)
+
+
+def save_vocabularies(vocabularies: dict[str, Vocabulary], folder: Path) -> None:
+    """One sub-folder a vocabulary, by its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, vocabulary in vocabularies.items():
+        vocabulary.save(folder / name)
+
+
+def load_vocabularies(folder: Path) -> dict[str, Vocabulary]:
+    """What `save_vocabularies` wrote, memory-mapped."""
+    return {path.name: Vocabulary.load(path) for path in sorted(folder.iterdir()) if path.is_dir()}

@@ -1,0 +1,119 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ctrdist import losses
+from ctrdist.errors import UserError
+from ctrdist.group import Group
+
+SPLITS = [[3, 4], [7, 0], [0, 7], [1, 6]]
+
+
+def rows(count: int, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_binary_cross_entropy_is_equation_2():
+    logit, label = rows(5), torch.tensor([0, 1, 1, 0, 1])
+    total = 0.0
+    for z, y in zip(logit.tolist(), label.tolist(), strict=True):
+        p = 1 / (1 + math.exp(-z))
+        total -= y * math.log(p) + (1 - y) * math.log(1 - p)
+    assert losses.binary_cross_entropy(logit, label).item() == pytest.approx(total / 5, abs=1e-12)
+
+
+def test_info_nce_of_equal_vectors_is_log_of_the_batch():
+    same = torch.ones(6, 3)
+    for similarity in ("dot", "cosine"):
+        assert losses.info_nce(same, same, 0.5, similarity=similarity).item() == pytest.approx(math.log(6), abs=1e-6)
+    assert losses.symmetric_info_nce(same, same, 1.0).item() == pytest.approx(2 * math.log(6), abs=1e-6)
+
+
+def test_info_nce_of_perfectly_aligned_vectors_is_zero():
+    axes = torch.eye(6)
+    assert losses.info_nce(axes * 100, axes, 1.0).item() == pytest.approx(0, abs=1e-6)
+    assert losses.info_nce(axes * 7, axes * 3, 0.01, similarity="cosine").item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_info_nce_is_equation_10(similarity: str):
+    query, key, temperature = rows(5, 3), rows(5, 3, seed=1), 0.7
+
+    def sim(a: Tensor, b: Tensor) -> float:
+        norm = a.norm() * b.norm() if similarity == "cosine" else 1.0
+        return float(a @ b / norm) / temperature
+
+    def one_way(queries: Tensor, keys: Tensor) -> float:
+        total = 0.0
+        for i in range(5):
+            total -= math.log(math.exp(sim(queries[i], keys[i])) / sum(math.exp(sim(queries[i], k)) for k in keys))
+        return total / 5
+
+    forth = losses.info_nce(query, key, temperature, similarity=similarity)
+    both = losses.symmetric_info_nce(query, key, temperature, similarity=similarity)
+    assert forth.item() == pytest.approx(one_way(query, key), abs=1e-12)
+    assert both.item() == pytest.approx(one_way(query, key) + one_way(key, query), abs=1e-12)
+
+
+def test_masked_language_model_is_the_mean_of_equation_4():
+    logits, targets = rows(4, 5), torch.tensor([0, 4, 2, 2])
+    total = -sum(math.log(torch.softmax(row, 0)[t].item()) for row, t in zip(logits, targets, strict=True))
+    assert losses.masked_language_model(logits, targets).item() == pytest.approx(total / 4, abs=1e-12)
+
+
+def test_half_precision_is_summed_in_float32():
+    assert losses.binary_cross_entropy(torch.zeros(4, dtype=torch.bfloat16), torch.ones(4)).dtype == torch.float32
+    assert losses.info_nce(torch.ones(2, 3).bfloat16(), torch.ones(2, 3).bfloat16(), 1.0).dtype == torch.float32
+
+
+def test_nothing_at_all_gives_zero_and_zero_gradients():
+    logits = torch.zeros(0, 5, requires_grad=True)
+    loss = losses.masked_language_model(logits, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0 and logits.grad is not None
+
+
+def test_user_errors():
+    with pytest.raises(UserError, match="similarity: unknown 'l2'; known: dot, cosine"):
+        losses.info_nce(torch.ones(2, 3), torch.ones(2, 3), 1.0, similarity="l2")
+    with pytest.raises(UserError, match="temperature: 0 "):
+        losses.info_nce(torch.ones(2, 3), torch.ones(2, 3), 0)
+
+
+def all_losses(group: Group, split: list[int]) -> dict[str, list[Tensor]]:
+    """Each loss and its gradient with respect to one shared matrix, from this worker's part of seven rows."""
+    start = sum(split[: group.rank])
+    mine = slice(start, start + split[group.rank]) if group.size > 1 else slice(None)
+    out = {}
+    for name in ("bce", "dot", "cosine", "symmetric", "frozen", "mlm"):
+        weight = rows(4, 4, seed=2).requires_grad_()
+        query, key = rows(7, 4)[mine] @ weight, torch.tanh(rows(7, 4, seed=1)[mine] @ weight)
+        if name == "bce":
+            loss = losses.binary_cross_entropy(query[:, 0], torch.arange(7)[mine] % 2, group)
+        elif name == "mlm":
+            loss = losses.masked_language_model(query, torch.arange(7)[mine] % 4, group)
+        elif name == "symmetric":
+            loss = losses.symmetric_info_nce(query, key, 0.5, group)
+        elif name == "frozen":
+            loss = losses.symmetric_info_nce(query, key.detach(), 0.5, group, "cosine")
+        else:
+            loss = losses.info_nce(query, key, 0.5, group, name)
+        loss.backward()
+        out[name] = [loss.detach(), weight.grad]
+    return out
+
+
+def every_split(group: Group, splits: list[list[int]]) -> list[dict[str, list[Tensor]]]:
+    return [all_losses(group, split) for split in splits]
+
+
+def test_two_workers_have_the_loss_and_the_mean_gradient_of_one(two_workers):
+    alone = all_losses(Group(), [])
+    first, second = two_workers(every_split, SPLITS)
+    for split, one, other in zip(SPLITS, first, second, strict=True):
+        for name, (loss, gradient) in alone.items():
+            assert torch.equal(one[name][0], other[name][0]), (split, name)
+            torch.testing.assert_close(one[name][0], loss, rtol=1e-12, atol=0)
+            torch.testing.assert_close((one[name][1] + other[name][1]) / 2, gradient, rtol=1e-10, atol=1e-12)

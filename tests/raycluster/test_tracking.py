@@ -1,0 +1,194 @@
+import json
+import logging
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ctrdist.errors import UserError
+from raycluster import tracking
+from raycluster.tracking import MetricsTail, Tracker
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory):
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def tracker(state):
+    return Tracker.open(None, state, "daily")
+
+
+def history(tracker, run_id, name):
+    return [(m.step, m.value) for m in tracker.client.get_metric_history(run_id, name)]
+
+
+def append(path, *records):
+    with open(path, "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def test_open_again_finds_the_experiment(tracker, state):
+    assert Tracker.open(None, state, "daily").experiment_id == tracker.experiment_id
+    assert (state / "mlflow.db").exists()
+
+
+def test_runs_nest_and_hold_params_metrics_and_artifacts(tracker, state, tmp_path):
+    run = tracker.start_run("2013-09-30", params={"ctr": {"lr": 0.001}, "seed": 1}, tags={"release": "r1"})
+    child = tracker.start_run("mf2", parent_run_id=run)
+    tracker.log_metrics(child, {"auc": 0.71, "auc_cold": None, "loss": float("nan")}, step=3)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "report.json").write_text("{}")
+    tracker.log_artifacts(run, tmp_path)
+    tracker.end_run(child, "FINISHED")
+    stored = tracker.client.get_run(run)
+    assert stored.data.params == {"ctr.lr": "0.001", "seed": "1"}
+    assert stored.data.tags["release"] == "r1" and stored.info.status == "RUNNING"
+    assert (state / "mlflow-artifacts" / run / "artifacts" / "deep" / "report.json").exists()
+    stored = tracker.client.get_run(child)
+    assert stored.data.tags["mlflow.parentRunId"] == run and stored.info.status == "FINISHED"
+    assert history(tracker, child, "auc") == [(3, 0.71)] and set(stored.data.metrics) == {"auc", "loss"}
+
+
+def test_a_run_is_found_by_name_and_parent(tracker):
+    first, second = tracker.start_run("found"), tracker.start_run("other")
+    child = tracker.start_run("found", parent_run_id=second, tags={"fingerprint": "a"})
+    assert tracker.find_run("found") == first
+    assert tracker.find_run("found", second) == child
+    assert tracker.find_run("found", second, tags={"fingerprint": "a"}) == child
+    assert tracker.find_run("found", second, tags={"fingerprint": "b"}) is None
+    assert tracker.find_run("found", first) is None
+    assert tracker.find_run("it's not there") is None
+
+
+def test_a_crashed_stage_goes_on_in_its_run(tracker):
+    with pytest.raises(RuntimeError), tracker.run("stage", params={"lr": 1}) as run:
+        raise RuntimeError("crash")
+    assert tracker.client.get_run(run).info.status == "FAILED"
+    with tracker.run("stage", params={"lr": 2, "new": 3}) as again:
+        assert tracker.client.get_run(run).info.status == "RUNNING"
+    stored = tracker.client.get_run(run)
+    assert again == run and stored.info.status == "FINISHED"
+    assert stored.data.params == {"lr": "1", "new": "3"}
+    with pytest.raises(KeyboardInterrupt), tracker.run("stopped") as run:
+        raise KeyboardInterrupt
+    assert tracker.client.get_run(run).info.status == "KILLED"
+
+
+def test_many_and_long_params_are_stored(tracker):
+    long = "x" * 7000
+    params = {"big": {f"p{n}": n for n in range(150)}, "long": long + "a", "list": [1, "b"], "none": None, "empty": {}}
+    stored = tracker.client.get_run(tracker.start_run("params", params=params)).data.params
+    assert len(stored) == 154 and stored["big.p149"] == "149"
+    assert stored["list"] == '[1, "b"]' and stored["none"] == "None" and stored["empty"] == "{}"
+    assert len(stored["long"]) == tracking.PARAM_VALUE_LIMIT
+    assert stored["long"] != tracking.flatten({"long": long + "b"})["long"]
+
+
+def test_tail_follows_a_file_that_appears_late(tracker, tmp_path):
+    run, path, seen = tracker.start_run("tail"), tmp_path / "metrics.jsonl", []
+    tail = MetricsTail(tracker, run, path, every=0.02, on_record=seen.append)
+    time.sleep(0.05)
+    append(path, {"step": 1, "loss": 0.5, "time": 1e9, "stage": "id"})
+    with open(path, "a") as file:
+        file.write('{"step": 2, "lo')
+        file.flush()
+        deadline = time.monotonic() + 10
+        while len(seen) < 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert [record["step"] for record in seen] == [1]
+        file.write('ss": 0.4}\n')
+    append(path, {"step": 3, "loss": 0.3})
+    assert tail.close() == 0 and tail.lines == 3
+    assert history(tracker, run, "loss") == [(1, 0.5), (2, 0.4), (3, 0.3)]
+    assert tracker.client.get_metric_history(run, "loss")[0].timestamp == 10**12
+    assert [record["step"] for record in seen] == [1, 2, 3]
+    assert set(tracker.client.get_run(run).data.metrics) == {"loss"}
+
+
+def test_tail_resumes_from_a_line_and_passes_a_bad_one(tracker, tmp_path, caplog):
+    run, path = tracker.start_run("resumed"), tmp_path / "metrics.jsonl"
+    append(path, {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4})
+    with open(path, "a") as file:
+        file.write("not json\n")
+    append(path, *({"step": step, "loss": 0.3} for step in range(3, 1500)))
+    with MetricsTail(tracker, run, path, lines=2, every=0.02) as tail:
+        pass
+    assert [step for step, _ in history(tracker, run, "loss")] == list(range(3, 1500))
+    assert tail.lines == 1500 and "line 3 is skipped" in caplog.text
+
+
+def test_tail_reads_a_file_that_began_again(tracker, tmp_path):
+    run, path = tracker.start_run("again"), tmp_path / "metrics.jsonl"
+    append(path, {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4})
+    seen = []
+    tail = MetricsTail(tracker, run, path, every=0.02, on_record=seen.append)
+    while len(seen) < 2:
+        time.sleep(0.01)
+    path.write_text('{"step": 2, "auc": 0.7}\n')
+    tail.close()
+    assert history(tracker, run, "auc") == [(2, 0.7)] and tail.lines == 1
+
+
+def test_tail_survives_a_server_that_is_away(tmp_path, caplog):
+    class Flaky:
+        uri = "http://flaky"
+        calls: list[int] = []
+
+        def log_records(self, run_id, records):
+            self.calls.append(len(records))
+            if len(self.calls) == 1:
+                raise ConnectionError("away")
+
+    path, flaky = tmp_path / "metrics.jsonl", Flaky()
+    append(path, {"step": 1, "loss": 0.5})
+    tail = MetricsTail(flaky, "run", path, every=0.01)
+    deadline = time.monotonic() + 10
+    while len(flaky.calls) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert tail.close() == 0 and flaky.calls[:2] == [1, 1] and "away" in caplog.text
+
+    flaky.calls.clear()
+    tail = MetricsTail(flaky, "run", tmp_path / "late.jsonl", every=60)
+    time.sleep(0.05)
+    append(tmp_path / "late.jsonl", {"step": 1, "loss": 0.5})
+    assert tail.close() == 1 and "did not take 1 records" in caplog.text
+
+
+@pytest.mark.parametrize("uri", ["http://user:secret@127.0.0.1:9", "nonsense://x", "sqlite:////proc/none/mlflow.db"])
+def test_a_wrong_uri_is_a_quick_user_error(uri, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(UserError, match="--tracking-uri") as caught:
+        Tracker.open(uri, tmp_path, "daily")
+    print(caught.value)
+    assert time.monotonic() - began < 15
+    assert uri.split("//")[0] in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_state_on_object_storage_needs_a_uri():
+    with pytest.raises(UserError, match="--tracking-uri"):
+        Tracker.open(None, "s3://bucket/state", "daily")
+
+
+def test_a_deleted_experiment_is_a_user_error(tracker, state):
+    gone = Tracker.open(None, state, "gone")
+    gone.client.delete_experiment(gone.experiment_id)
+    with pytest.raises(UserError, match="mlflow experiments restore"):
+        Tracker.open(None, state, "gone")
+
+
+def test_opening_is_silent_and_import_is_lazy(tmp_path):
+    code = (
+        "import sys, logging; logging.basicConfig(level=logging.INFO); import raycluster.tracking as t\n"
+        "assert 'mlflow' not in sys.modules\n"
+        f"r = t.Tracker.open(None, {str(tmp_path)!r}, 'daily'); r.end_run(r.start_run('a', params={{'b': 1}}))\n"
+        "assert logging.getLogger('mlflow').level == logging.WARNING\n"
+        "logging.info('still heard')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr.strip().endswith("still heard")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert logging.root.manager.disable == 0
