@@ -64,6 +64,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on `device`; copies from pinned memory do not wait."""
+
         def move(value):
             if isinstance(value, Tensor):
                 return value.to(device, non_blocking=True)

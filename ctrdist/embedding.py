@@ -70,8 +70,9 @@ class EmbeddingTable(nn.Module):
         """
         if self._pending:
             ids = torch.cat([rows for rows, _ in self._pending])
-            gradients = torch.cat([leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-                                   for _, leaf in self._pending])
+            gradients = torch.cat(
+                [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for _, leaf in self._pending]
+            )
         else:
             ids = torch.empty(0, dtype=torch.int64, device=self.weight.device)
             gradients = self.weight.new_empty(0, self.dim)

@@ -76,7 +76,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value: Tensor, group: DistributedGroup) -> Tensor:
         ctx.sizes, ctx.rank = group.sizes(value), group.rank
-        longest = max(ctx.sizes)
+        longest = max(max(ctx.sizes), 1)
         padded = value.new_zeros((longest, *value.shape[1:]))
         padded[: value.shape[0]] = value.detach()
         out = value.new_empty((group.size * longest, *value.shape[1:]))

@@ -79,8 +79,9 @@ class Catalog:
             if field.kind == CATEGORICAL:
                 fields[field.name] = np.load(folder / f"field.{field.name}.npy", mmap_mode="r")
             else:
-                parts = (np.load(folder / f"field.{field.name}.{part}.npy", mmap_mode="r")
-                         for part in ("values", "offsets"))
+                parts = (
+                    np.load(folder / f"field.{field.name}.{part}.npy", mmap_mode="r") for part in ("values", "offsets")
+                )
                 fields[field.name] = Ragged(*parts)
         return cls(Vocabulary.load(folder / "ids"), np.load(folder / "present.npy", mmap_mode="r"), fields)
 
@@ -105,14 +106,18 @@ def read_items(data: str, schema: Schema) -> pa.Table:
             table = file.read(columns=columns)
         nulls = table[ITEM_ID].null_count
         if nulls:
-            raise UserError(f"{path}: column '{ITEM_ID}': {nulls} of {table.num_rows} ids are null; every item needs one")
+            raise UserError(
+                f"{path}: column '{ITEM_ID}': {nulls} of {table.num_rows} ids are null; every item needs one"
+            )
         tables.append(table)
     items = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     counts = pc.value_counts(items[ITEM_ID])
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
-        raise UserError(f"{data}/items: column '{ITEM_ID}': {len(repeated)} ids stand in more than one row, "
-                        f"{repeated[0]['values'].as_py()!r} for one; keep one row an item")
+        raise UserError(
+            f"{data}/items: column '{ITEM_ID}': {len(repeated)} ids stand in more than one row, "
+            f"{repeated[0]['values'].as_py()!r} for one; keep one row an item"
+        )
     return items
 
 
@@ -129,8 +134,9 @@ def grow_catalog_ids(items: pa.Table, ids: Vocabulary) -> Vocabulary:
     return ids.grow(keys, np.ones(len(keys), np.int64), column=ITEM_ID)
 
 
-def grow_item_vocabularies(items: pa.Table, item_rows: np.ndarray, item_counts: np.ndarray, schema: Schema,
-                           vocabularies: dict[str, Vocabulary]) -> dict[str, Vocabulary]:
+def grow_item_vocabularies(
+    items: pa.Table, item_rows: np.ndarray, item_counts: np.ndarray, schema: Schema, vocabularies: dict[str, Vocabulary]
+) -> dict[str, Vocabulary]:
     """Vocabularies of the item fields, grown by the values of items that have training rows.
 
     Args:
@@ -212,9 +218,7 @@ class ItemTexts:
 
 
 def item_batches(items: np.ndarray, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
-    """Global batches of an epoch over items: a permutation drawn from (seed, epoch), cut into `size`; last one shorter."""
+    """Global batches of an epoch over items: a permutation drawn from (seed, epoch), cut into parts of `size`."""
     order = np.random.default_rng([seed, epoch]).permutation(items)
     for start in range(0, len(order), size):
         yield order[start : start + size]
-
-

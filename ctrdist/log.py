@@ -1,6 +1,6 @@
 """The canonical log: its days, what is wrong in a row, and rows as integers.
 
-    <data>/interactions/dt=YYYY-MM-DD/*.parquet    user_id, item_id, label, timestamp, context fields, [history]
+<data>/interactions/dt=YYYY-MM-DD/*.parquet    user_id, item_id, label, timestamp, context fields, [history]
 """
 
 import datetime as dt
@@ -51,7 +51,9 @@ def list_days(data: str) -> dict[dt.date, list[str]]:
     filesystem_, root = filesystem(data)
     folder = f"{root}/interactions"
     if filesystem_.get_file_info(folder).type != fs.FileType.Directory:
-        raise UserError(f"{data}/interactions: no such folder; --data names a prepared log (see jobs/prepare.py --help)")
+        raise UserError(
+            f"{data}/interactions: no such folder; --data names a prepared log (see jobs/prepare.py --help)"
+        )
     days: dict[dt.date, list[str]] = {}
     for info in filesystem_.get_file_info(fs.FileSelector(folder, recursive=True)):
         if info.type != fs.FileType.File or not info.path.endswith(".parquet"):
@@ -67,7 +69,9 @@ def list_days(data: str) -> dict[dt.date, list[str]]:
     return {day: sorted(days[day]) for day in sorted(days)}
 
 
-def choose_window(days: list[dt.date], date: dt.date | None, train_days: int, valid_days: int, test_days: int) -> Window:
+def choose_window(
+    days: list[dt.date], date: dt.date | None, train_days: int, valid_days: int, test_days: int
+) -> Window:
     """Days of the log for a run dated `date`, the last day of its training window.
 
     Counts are of calendar days; the default date is the newest day less `test_days`. The last `valid_days` of the
@@ -76,7 +80,11 @@ def choose_window(days: list[dt.date], date: dt.date | None, train_days: int, va
     Raises:
         UserError: a count out of range, a date without data, or nothing to train, validate or test on.
     """
-    for name, count, least in (("train-days", train_days, 1), ("valid-days", valid_days, 1), ("test-days", test_days, 1)):
+    for name, count, least in (
+        ("train-days", train_days, 1),
+        ("valid-days", valid_days, 1),
+        ("test-days", test_days, 1),
+    ):
         if count < least:
             raise UserError(f"--{name} {count}: at least {least}")
     if valid_days >= train_days:
@@ -93,8 +101,10 @@ def choose_window(days: list[dt.date], date: dt.date | None, train_days: int, va
         test=tuple(day for day in days if date < day <= last_test),
     )
     if not window.train:
-        raise UserError(f"--date {date} --train-days {train_days}: no rows from {first_train} until the validation days "
-                        f"begin on {first_valid}; {span}")
+        raise UserError(
+            f"--date {date} --train-days {train_days}: no rows from {first_train} until the validation days "
+            f"begin on {first_valid}; {span}"
+        )
     if not window.test:
         raise UserError(f"--date {date} --test-days {test_days}: no rows after it to test on; {span}")
     return window
@@ -110,7 +120,9 @@ def log_columns(schema: Schema) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def list_row_groups(data: str, files: dict[dt.date, list[str]], days: tuple[dt.date, ...], schema: Schema) -> list[RowGroup]:
+def list_row_groups(
+    data: str, files: dict[dt.date, list[str]], days: tuple[dt.date, ...], schema: Schema
+) -> list[RowGroup]:
     """The row groups of `days` in the order of the log, their columns checked against the schema.
 
     Raises:
@@ -126,8 +138,11 @@ def list_row_groups(data: str, files: dict[dt.date, list[str]], days: tuple[dt.d
             except pa.ArrowInvalid as error:
                 raise UserError(f"{path}: not a readable Parquet file ({error}); restore or remove it") from None
             check_types(path, metadata.schema.to_arrow_schema(), schema)
-            groups += [RowGroup(day, path, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)
-                       if metadata.row_group(i).num_rows]
+            groups += [
+                RowGroup(day, path, i, metadata.row_group(i).num_rows)
+                for i in range(metadata.num_row_groups)
+                if metadata.row_group(i).num_rows
+            ]
     return groups
 
 
@@ -145,11 +160,18 @@ def check_types(path: str, found: pa.Schema, schema: Schema) -> None:
     def is_number(type_: pa.DataType) -> bool:
         return pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)
 
-    wanted = [(USER_ID, is_id, "strings or integers"), (ITEM_ID, is_id, "strings or integers"),
-              (LABEL, is_number, "0 and 1"), (TIMESTAMP, pa.types.is_integer, "integers: seconds UTC")]
+    wanted = [
+        (USER_ID, is_id, "strings or integers"),
+        (ITEM_ID, is_id, "strings or integers"),
+        (LABEL, is_number, "0 and 1"),
+        (TIMESTAMP, pa.types.is_integer, "integers: seconds UTC"),
+    ]
     for field in schema.row_fields:
-        wanted.append((field.name, is_id, "strings or integers") if field.kind == CATEGORICAL
-                      else (field.name, is_list, "lists of strings or integers"))
+        wanted.append(
+            (field.name, is_id, "strings or integers")
+            if field.kind == CATEGORICAL
+            else (field.name, is_list, "lists of strings or integers")
+        )
     if schema.history_length:
         wanted.append((HISTORY, is_list, "lists of item ids"))
     if schema.truth:
@@ -177,16 +199,18 @@ def find_faults(table: pa.Table, day: dt.date, catalog: Catalog) -> np.ndarray:
         pc.is_null(table[ITEM_ID]).to_numpy(),
         ~catalog.present[rows],
         ~pc.fill_null(pc.or_(pc.equal(label, 0.0), pc.equal(label, 1.0)), False).to_numpy(),
-        ~pc.fill_null(pc.and_(pc.greater_equal(timestamp, midnight), pc.less(timestamp, midnight + 86400)), False)
-        .to_numpy(),
+        ~pc.fill_null(
+            pc.and_(pc.greater_equal(timestamp, midnight), pc.less(timestamp, midnight + 86400)), False
+        ).to_numpy(),
     ]
     for code in range(len(checks), 0, -1):
         faults[checks[code - 1]] = code
     return faults
 
 
-def encode(table: pa.Table, schema: Schema, vocabularies: dict[str, Vocabulary], catalog: Catalog,
-           keep: tuple[str, ...] = ()) -> pa.Table:
+def encode(
+    table: pa.Table, schema: Schema, vocabularies: dict[str, Vocabulary], catalog: Catalog, keep: tuple[str, ...] = ()
+) -> pa.Table:
     """Good rows as integers: what is streamed to the trainers.
 
     Returns:
@@ -232,7 +256,7 @@ def recent_rows(histories: pa.Array, catalog: Catalog, length: int) -> np.ndarra
 
 
 def fillers(schema: Schema, count: int) -> pa.Table:
-    """`count` rows that stand for nothing: they fill the last batch of an epoch and are dropped by whoever gets them."""
+    """`count` rows that stand for nothing: they fill the last batch of an epoch; who gets them drops them."""
     columns: dict[str, pa.Array] = {
         LABEL: pa.array(np.zeros(count, np.float32)),
         ITEM: pa.array(np.zeros(count, np.int32)),
@@ -240,12 +264,14 @@ def fillers(schema: Schema, count: int) -> pa.Table:
     }
     for field in schema.row_fields:
         columns[field.name] = (
-            pa.array(np.full(count, UNKNOWN, np.int32)) if field.kind == CATEGORICAL
+            pa.array(np.full(count, UNKNOWN, np.int32))
+            if field.kind == CATEGORICAL
             else pa.LargeListArray.from_arrays(np.zeros(count + 1, np.int64), np.empty(0, np.int32))
         )
     if schema.history_length:
-        columns[HISTORY] = pa.FixedSizeListArray.from_arrays(np.zeros(count * schema.history_length, np.int32),
-                                                             schema.history_length)
+        columns[HISTORY] = pa.FixedSizeListArray.from_arrays(
+            np.zeros(count * schema.history_length, np.int32), schema.history_length
+        )
     return pa.table(columns)
 
 
@@ -258,8 +284,9 @@ class Chunk:
     fillers: int = 0
 
 
-def plan_epoch(groups: list[RowGroup], rows: int, batch_size: int, seed: tuple[int, ...] | None,
-               chunk_rows: int = 32768) -> list[Chunk]:
+def plan_epoch(
+    groups: list[RowGroup], rows: int, batch_size: int, seed: tuple[int, ...] | None, chunk_rows: int = 32768
+) -> list[Chunk]:
     """An epoch over `groups` as chunks, ending in fillers that make it a whole number of global batches.
 
     Args:
@@ -277,8 +304,14 @@ def plan_epoch(groups: list[RowGroup], rows: int, batch_size: int, seed: tuple[i
     return [*planned, Chunk(fillers=-rows % batch_size)]
 
 
-def read_chunk(data: str, chunk: Chunk, schema: Schema, vocabularies: dict[str, Vocabulary], catalog: Catalog,
-               keep: tuple[str, ...] = ()) -> Iterator[pa.Table]:
+def read_chunk(
+    data: str,
+    chunk: Chunk,
+    schema: Schema,
+    vocabularies: dict[str, Vocabulary],
+    catalog: Catalog,
+    keep: tuple[str, ...] = (),
+) -> Iterator[pa.Table]:
     """The good rows of a chunk, encoded and shuffled by its seed. Yields at most one table."""
     tables = []
     for group in chunk.groups:

@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,10 +19,9 @@ from ctrdist.embedding import tables_of
 from ctrdist.errors import UserError
 from ctrdist.group import Group, attach_group
 from ctrdist.metrics import StreamingMetrics
-from ctrdist.optim import Schedule, learning_rate
+from ctrdist.optim import Precision, Schedule, learning_rate
 from ctrdist.tasks import Task
 
-Precision = Literal["auto", "float32", "bfloat16", "float64"]
 Record = dict[str, float]
 
 
@@ -77,10 +77,18 @@ class Progress:
     finished: bool = False
 
 
-def fit(task: Task, train: Callable[[int], Iterator[Any]], config: LoopConfig, *, group: Group | None = None,
-        valid: Callable[[], Iterator[Any]] | None = None, device: str | torch.device = "cpu",
-        resume: Path | None = None, checkpoint: Callable[[Callable[[Path], None], Progress], None] | None = None,
-        record: Callable[[Record], None] | None = None) -> Progress:
+def fit(
+    task: Task,
+    train: Callable[[int], Iterator[Any]],
+    config: LoopConfig,
+    *,
+    group: Group | None = None,
+    valid: Callable[[], Iterator[Any]] | None = None,
+    device: str | torch.device = "cpu",
+    resume: Path | None = None,
+    checkpoint: Callable[[Callable[[Path], None], Progress], None] | None = None,
+    record: Callable[[Record], None] | None = None,
+) -> Progress:
     """Train `task` in place; it ends with the weights of the best epoch by validation AUC, or of the last one.
 
     Args:
@@ -140,7 +148,7 @@ def fit(task: Task, train: Callable[[int], Iterator[Any]], config: LoopConfig, *
                 meter.validated()
             progress.finished = progress.finished or progress.step >= total
         if checkpoint and group.rank == 0 and (ended or time.monotonic() - saved_at > config.checkpoint_seconds):
-            checkpoint(lambda folder: save_checkpoint(folder, task, optimizer, progress, best), progress)
+            checkpoint(partial(save_checkpoint, task=task, optimizer=optimizer, progress=progress, best=best), progress)
             saved_at = time.monotonic()
     if best is not None:
         task.load_state_dict(best)
@@ -154,13 +162,14 @@ def make_optimizer(task: Task) -> torch.optim.AdamW:
     named = {id(p) for group in groups for p in group["params"]}
     for parameter in task.parameters():
         parameter.requires_grad_(id(parameter) in named)
-    groups = [group | {"initial_lr": group["lr"]} for group in groups] or [{"params": [nn.Parameter(torch.zeros(1))],
-                                                                            "initial_lr": 0.0}]
+    groups = [group | {"initial_lr": group["lr"]} for group in groups] or [
+        {"params": [nn.Parameter(torch.zeros(1))], "initial_lr": 0.0}
+    ]
     return torch.optim.AdamW(groups)
 
 
 def wrap(task: Task, group: Group, device: str | torch.device) -> nn.Module:
-    """The task in DDP, if there are several workers and something dense to train. Tables are buffers: DDP skips them."""
+    """The task in DDP, if there are several workers and something dense to train; DDP skips the tables, which are buffers."""
     if group.size == 1 or not any(p.requires_grad for p in task.parameters()):
         return task
     ids = [torch.device(device)] if torch.device(device).type == "cuda" else None
@@ -184,8 +193,15 @@ def _cpu_flags() -> str:
 
 
 @torch.no_grad()
-def validate(task: Task, valid: Callable[[], Iterator[Any]], progress: Progress, config: LoopConfig, group: Group,
-             device: str | torch.device, best: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+def validate(
+    task: Task,
+    valid: Callable[[], Iterator[Any]],
+    progress: Progress,
+    config: LoopConfig,
+    group: Group,
+    device: str | torch.device,
+    best: dict[str, Tensor] | None,
+) -> dict[str, Tensor] | None:
     """Score the validation rows of all workers, note the AUC, and keep a copy of the weights if they are the best."""
     task.eval()
     metrics = StreamingMetrics()
@@ -243,8 +259,10 @@ class Meter:
         seconds = max(1e-9, time.monotonic() - self.since)
         means = {name: (value / self.steps).item() for name, value in self.sums.items()}
         if not math.isfinite(means["loss"]):
-            raise UserError(f"the loss is {means['loss']} at step {self.progress.step}; lower the learning rate "
-                            "(--ctr.lr, --ctr.table-lr, --pretrain.lr or --align.lr)")
+            raise UserError(
+                f"the loss is {means['loss']} at step {self.progress.step}; lower the learning rate "
+                "(--ctr.lr, --ctr.table-lr, --pretrain.lr or --align.lr)"
+            )
         self.progress.losses.append([self.progress.step, means["loss"]])
         self._send(means | {"rows_per_second": self.rows / seconds, "data_wait": self.waited / seconds})
         self.sums, self.steps, self.rows, self.waited, self.since = {}, 0, 0, 0.0, time.monotonic()
@@ -257,23 +275,31 @@ class Meter:
     def _send(self, values: Record) -> None:
         if self.record:
             steps = self.config.steps_per_epoch
-            self.record({"step": self.progress.step, "steps": steps * self.config.epochs,
-                         "epoch": self.progress.step / steps} | values)
+            self.record(
+                {"step": self.progress.step, "steps": steps * self.config.epochs, "epoch": self.progress.step / steps}
+                | values
+            )
 
 
-def save_checkpoint(folder: Path, task: Task, optimizer: torch.optim.Optimizer, progress: Progress,
-                    best: dict[str, Tensor] | None) -> None:
+def save_checkpoint(
+    folder: Path, task: Task, optimizer: torch.optim.Optimizer, progress: Progress, best: dict[str, Tensor] | None
+) -> None:
     """Write weights, optimizer state, best weights and progress, as safetensors and JSON."""
     save_file({name: value.contiguous() for name, value in unshared(task).items()}, folder / "last.safetensors")
     if best is not None:
         save_file({name: value.contiguous() for name, value in best.items()}, folder / "best.safetensors")
-    moments = {f"{index}.{name}": value for index, state in optimizer.state_dict()["state"].items()
-               for name, value in state.items()}
+    moments = {
+        f"{index}.{name}": value
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
     save_file(moments, folder / "optimizer.safetensors")
     (folder / "progress.json").write_text(json.dumps(progress.__dict__))
 
 
-def load_checkpoint(folder: Path, task: Task, optimizer: torch.optim.Optimizer) -> tuple[Progress, dict[str, Tensor] | None]:
+def load_checkpoint(
+    folder: Path, task: Task, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, dict[str, Tensor] | None]:
     """Load what `save_checkpoint` wrote into task and optimizer; returns the progress and the best weights."""
     task.load_state_dict(load_file(folder / "last.safetensors"), strict=False)
     state: dict[int, dict[str, Tensor]] = {}
@@ -289,8 +315,11 @@ def load_checkpoint(folder: Path, task: Task, optimizer: torch.optim.Optimizer) 
 def unshared(module: nn.Module) -> dict[str, Tensor]:
     """The state of a module with each tensor once: safetensors refuses tied weights."""
     seen: set[int] = set()
-    return {name: value for name, value in module.state_dict().items()
-            if value.numel() == 0 or not (value.data_ptr() in seen or seen.add(value.data_ptr()))}
+    return {
+        name: value
+        for name, value in module.state_dict().items()
+        if value.numel() == 0 or not (value.data_ptr() in seen or seen.add(value.data_ptr()))
+    }
 
 
 def prefetch(batches: Iterator[Any], depth: int = 2) -> Iterator[Any]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 Schedule = Literal["constant", "linear", "cosine"]
+Precision = Literal["auto", "float32", "bfloat16", "float64"]
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,23 @@ class RowAdam:
 
     def init_state(self, rows: Tensor) -> dict[str, Tensor]:
         """State of new rows [n, dim]: two moments of that shape and a step count [n]."""
-        return {"exp_avg": torch.zeros_like(rows), "exp_avg_sq": torch.zeros_like(rows),
-                "steps": rows.new_zeros(len(rows))}
+        return {
+            "exp_avg": torch.zeros_like(rows),
+            "exp_avg_sq": torch.zeros_like(rows),
+            "steps": rows.new_zeros(len(rows)),
+        }
 
-    def update(self, weight: Tensor, state: dict[str, Tensor], rows: Tensor, gradients: Tensor, lr_scale: float) -> None:
+    def update(
+        self, weight: Tensor, state: dict[str, Tensor], rows: Tensor, gradients: Tensor, lr_scale: float
+    ) -> None:
         """One step on `weight[rows]`, in place. `rows` int64 [R] are distinct; `gradients` [R, dim]."""
         values = weight[rows]
         gradients = gradients + self.weight_decay * values
         steps = state["steps"][rows] + 1
         exp_avg = state["exp_avg"][rows].lerp_(gradients, 1 - self.betas[0])
-        exp_avg_sq = state["exp_avg_sq"][rows].mul_(self.betas[1]).addcmul_(gradients, gradients, value=1 - self.betas[1])
+        exp_avg_sq = (
+            state["exp_avg_sq"][rows].mul_(self.betas[1]).addcmul_(gradients, gradients, value=1 - self.betas[1])
+        )
         correction = ((1 - self.betas[1] ** steps).sqrt() / (1 - self.betas[0] ** steps)).unsqueeze(1)
         weight[rows] = values - self.lr * lr_scale * correction * exp_avg / (exp_avg_sq.sqrt() + self.eps)
         state["steps"][rows], state["exp_avg"][rows], state["exp_avg_sq"][rows] = steps, exp_avg, exp_avg_sq

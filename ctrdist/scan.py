@@ -60,8 +60,9 @@ def add_counts(a: Counts, b: Counts) -> Counts:
     return sum_counts(np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]]))
 
 
-def scan_row_group(data: str, group: RowGroup, schema: Schema, catalog: Catalog, quarantine: Path,
-                   ids: bool = True) -> Scan:
+def scan_row_group(
+    data: str, group: RowGroup, schema: Schema, catalog: Catalog, quarantine: Path, ids: bool = True
+) -> Scan:
     """Check and count the rows of one row group; bad ones go to a Parquet file in `quarantine` with their reason.
 
     Args:
@@ -86,8 +87,9 @@ def scan_row_group(data: str, group: RowGroup, schema: Schema, catalog: Catalog,
         if schema_field.kind != CATEGORICAL:
             values = pc.list_flatten(values)
         found = pc.value_counts(values.drop_null())
-        scan.ids[schema_field.name] = sum_counts(to_keys(found.field("values"), schema_field.name),
-                                                 found.field("counts").to_numpy())
+        scan.ids[schema_field.name] = sum_counts(
+            to_keys(found.field("values"), schema_field.name), found.field("counts").to_numpy()
+        )
     return scan
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ctrdist.errors import UserError, nearest
+from ctrdist.storage import filesystem
 
 CATEGORICAL = "categorical"
 MULTI = "multi"
@@ -72,16 +73,19 @@ class Schema:
 
     @classmethod
     def load(cls, path: str | Path) -> "Schema":
-        """Read `schema.yaml`.
+        """Read `schema.yaml` from a path or URI.
 
         Raises:
             UserError: no such file, not YAML, an unknown key or kind, or a field listed twice.
         """
-        path = Path(path)
+        filesystem_, location = filesystem(path)
         try:
-            content = yaml.safe_load(path.read_text())
+            with filesystem_.open_input_stream(location) as stream:
+                content = yaml.safe_load(stream.read())
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file. A prepared log has a schema.yaml; see jobs/prepare.py --help") from None
+            raise UserError(
+                f"{path}: no such file. A prepared log has a schema.yaml; see jobs/prepare.py --help"
+            ) from None
         except yaml.YAMLError as error:
             raise UserError(f"{path}: not valid YAML: {error}") from None
         return cls.from_dict(content, source=str(path))

@@ -12,7 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ class State:
 
     @contextmanager
     def create(self, name: str, inputs: str = "", facts: dict[str, Any] | None = None) -> Iterator[Path]:
-        """A local folder to write output `name` into. It exists from when the block ends well; earlier ones are replaced.
+        """A local folder to write output `name` into. The output exists, and replaces an earlier one, when the block ends.
 
         `facts` may be filled within the block. On an exception nothing is left.
         """
@@ -110,14 +110,15 @@ class State:
         before = self.find(name)
         try:
             yield local
-            files = {str(path.relative_to(local)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                     for path in sorted(local.rglob("*")) if path.is_file()}
+            files = {
+                str(path.relative_to(local)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                for path in sorted(local.rglob("*"))
+                if path.is_file()
+            }
             if not self.is_local:
                 fs.copy_files(str(local), f"{root}/{folder}", destination_filesystem=filesystem_)
             manifest = Manifest(name, folder, inputs, files, facts or {})
-            # Readable by people, and whole: the stream appears only when it is closed, or replaces by rename.
-            text = json.dumps(manifest.__dict__, indent=1).encode()
-            self._write_object(f"{name}.json", text)
+            self._write_object(f"{name}.json", json.dumps(manifest.__dict__, indent=1).encode())
         except BaseException:
             shutil.rmtree(local, ignore_errors=True)
             raise
@@ -125,6 +126,14 @@ class State:
             shutil.rmtree(local, ignore_errors=True)
         if before is not None:
             filesystem_.delete_dir(f"{root}/{before.folder}")
+
+    def annotate(self, name: str, facts: dict[str, Any]) -> Manifest:
+        """Add facts to the manifest of output `name`, which exists; returns it."""
+        before = self.find(name)
+        assert before is not None, name
+        manifest = replace(before, facts=before.facts | facts)
+        self._write_object(f"{name}.json", json.dumps(manifest.__dict__, indent=1).encode())
+        return manifest
 
     def local(self, name: str) -> Path:
         """A local folder with the files of output `name`: its own if the state is local, else a checked copy.

@@ -51,8 +51,13 @@ class Vocabulary:
     their counts and get a row once they reach it.
     """
 
-    def __init__(self, keys: np.ndarray | None = None, rows: np.ndarray | None = None,
-                 pending: np.ndarray | None = None, pending_counts: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        keys: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
+        pending: np.ndarray | None = None,
+        pending_counts: np.ndarray | None = None,
+    ) -> None:
         empty = np.empty(0, "S1")
         self.keys = empty if keys is None else keys
         self.rows = np.empty(0, np.int32) if rows is None else rows
@@ -102,8 +107,9 @@ class Vocabulary:
         new = self.lookup_keys(keys, column) == UNKNOWN
         keys, counts = keys[new], counts[new]
         if len(self.pending):
-            keys, counts = sum_counts(np.concatenate([self.pending, keys]),
-                                      np.concatenate([self.pending_counts, counts]))
+            keys, counts = sum_counts(
+                np.concatenate([self.pending, keys]), np.concatenate([self.pending_counts, counts])
+            )
         else:
             keys, counts = sum_counts(keys, counts)
         enough = counts >= min_count

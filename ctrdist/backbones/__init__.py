@@ -12,11 +12,23 @@ NAMES = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name no
 
 BackboneConfigs = make_dataclass(
     "BackboneConfigs",
-    [(name, importlib.import_module(f"{__name__}.{name}").Config,
-      field(default_factory=importlib.import_module(f"{__name__}.{name}").Config)) for name in NAMES],
+    [
+        (
+            name,
+            importlib.import_module(f"{__name__}.{name}").Config,
+            field(default_factory=importlib.import_module(f"{__name__}.{name}").Config),
+        )
+        for name in NAMES
+    ],
     frozen=True,
 )
 BackboneConfigs.__doc__ = "Hyper-parameters of every backbone; those of the one that is chosen are used."
+
+
+def check(name: str) -> None:
+    """Raise a UserError if there is no backbone `name`."""
+    if name not in NAMES:
+        raise UserError(f"--ctr.backbone {name}: no such backbone; {nearest(name, NAMES)}")
 
 
 def build(name: str, shape: Shape, configs: Any = None) -> Backbone:
@@ -25,10 +37,9 @@ def build(name: str, shape: Shape, configs: Any = None) -> Backbone:
     Raises:
         UserError: there is no such backbone.
     """
-    if name not in NAMES:
-        raise UserError(f"--ctr.backbone {name}: no such backbone; {nearest(name, NAMES)}")
+    check(name)
     configs = BackboneConfigs() if configs is None else configs
     return importlib.import_module(f"{__name__}.{name}").Network(shape, getattr(configs, name))
 
 
-__all__ = ["NAMES", "Backbone", "BackboneConfigs", "Inputs", "Shape", "build"]
+__all__ = ["NAMES", "Backbone", "BackboneConfigs", "Inputs", "Shape", "build", "check"]

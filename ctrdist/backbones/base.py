@@ -10,7 +10,7 @@ class Inputs:
     """Embedded features of B rows.
 
     Args:
-        fields: [B, F, d]; user, context and item fields in the order of the schema, the text field last if there is one.
+        fields: [B, F, d]; user, context and item fields in the order of the schema, then the text field if any.
         history: [B, T, F_h, d]; the item side of each behaviour, oldest first.
         mask: bool [B, T]; false at padding.
         target: for each of the F_h history fields, the index of the target item's field that it corresponds to.

@@ -19,7 +19,7 @@ class Config:
         activation: its activation; `dice` is the paper's.
         dropout: after each of its layers.
         batch_norm: before each of its activations.
-        softmax: normalise the attention weights over the behaviours; the paper does not, to keep the interest's intensity.
+        softmax: normalise the attention over the behaviours; the paper does not, to keep an interest's intensity.
     """
 
     attention: tuple[int, ...] = (64, 32)
@@ -39,8 +39,13 @@ class DIN(Backbone):
         self.interest = shape.history_fields * shape.dim
         self.attention = MLP(4 * self.interest, config.attention)
         self.score = torch.nn.Linear(self.attention.width, 1)
-        self.mlp = MLP(shape.fields * shape.dim + self.interest, config.hidden, config.activation, config.dropout,
-                       config.batch_norm)
+        self.mlp = MLP(
+            shape.fields * shape.dim + self.interest,
+            config.hidden,
+            config.activation,
+            config.dropout,
+            config.batch_norm,
+        )
         self.make_head(self.mlp.width)
 
     def represent(self, inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

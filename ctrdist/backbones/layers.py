@@ -59,10 +59,16 @@ class Dice(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers, each followed by batch normalisation (optional), activation and dropout. [N, in] -> [N, hidden[-1]]."""
+    """Linear layers, each followed by batch normalisation (if wanted), activation, dropout. [N, in] -> [N, hidden[-1]]."""
 
-    def __init__(self, width: int, hidden: tuple[int, ...], activation: Activation = "relu", dropout: float = 0.0,
-                 batch_norm: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: tuple[int, ...],
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        batch_norm: bool = False,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for units in hidden:

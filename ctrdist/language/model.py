@@ -63,11 +63,7 @@ class LanguageModel(nn.Module):
                     f"language model '{name}': {folder} cannot be loaded: {reason}. It needs config.json, a tokenizer "
                     "and *.safetensors of an architecture that transformers knows without remote code"
                 ) from error
-        tokenizer.padding_side = tokenizer.truncation_side = "right"
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-        return cls(model, tokenizer, _pooling(pooling, folder, config)).train()
+        return cls(model, _set_up(tokenizer, config), _pooling(pooling, folder, config)).train()
 
     @property
     def base(self) -> nn.Module:
@@ -153,6 +149,21 @@ class LanguageModel(nn.Module):
     def fingerprint(self) -> str:
         """Twelve hex digits that change with any weight of the base model and with the pooling, not with the head."""
         return fingerprint(self.base, self.pooling)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that `LanguageModel.load(name)` has, without the model. Raises UserError for a missing model."""
+    folder = source.fetch(name)
+    with source.quiet():
+        return _set_up(AutoTokenizer.from_pretrained(folder, use_fast=True), AutoConfig.from_pretrained(folder))
+
+
+def _set_up(tokenizer: PreTrainedTokenizerBase, config: Any) -> PreTrainedTokenizerBase:
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return tokenizer
 
 
 def fingerprint(module: nn.Module, salt: str = "") -> str:

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from ctrdist import backbones
 from ctrdist.backbones import BackboneConfigs, Inputs, Shape
-from ctrdist.batch import Batch
+from ctrdist.batch import Batch, Lookup
 from ctrdist.embedding import EmbeddingTable
 from ctrdist.group import Group
 from ctrdist.losses import binary_cross_entropy
-from ctrdist.optim import RowAdam, Schedule, split_decay
+from ctrdist.optim import Precision, RowAdam, Schedule, split_decay
 from ctrdist.schema import Schema
 from ctrdist.tasks import Task
 
@@ -25,6 +25,7 @@ class ClickConfig:
         backbone: name of a network, a file of `ctrdist/backbones/`.
         dim: d, the width of every field.
         epochs: passes over the training days, at most.
+        warm_epochs: the same, for a day that starts from the day before.
         patience: stop after this many epochs without a better validation AUC.
         batch_size: rows of a global batch, over all workers.
         lr: learning rate of the network.
@@ -33,12 +34,14 @@ class ClickConfig:
         table_decay: L2 coefficient on the rows a batch touches.
         schedule: course of both learning rates over all epochs.
         warmup: share of the steps over which they rise.
+        precision: of the network's arithmetic; embeddings are float32 in any case.
         networks: hyper-parameters of the backbones, by name.
     """
 
     backbone: str = "din"
     dim: int = 16
     epochs: int = 6
+    warm_epochs: int = 1
     patience: int = 2
     batch_size: int = 1024
     lr: float = 1e-3
@@ -47,6 +50,7 @@ class ClickConfig:
     table_decay: float = 1e-2
     schedule: Schedule = "constant"
     warmup: float = 0.0
+    precision: Precision = "float32"
     networks: BackboneConfigs = field(default_factory=BackboneConfigs)
 
 
@@ -92,24 +96,33 @@ class ClickModel(Task):
         seed: decides the initial weights.
     """
 
-    def __init__(self, schema: Schema, sizes: dict[str, int], config: ClickConfig, text_dim: int = 0,
-                 fuse: FuseConfig | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        sizes: dict[str, int],
+        config: ClickConfig,
+        text_dim: int = 0,
+        fuse: FuseConfig | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.group = Group()
-        self.config = config
+        self.config, self.text_dim, self.fuse = config, text_dim, (fuse or FuseConfig()) if text_dim else None
         self.row_names = [f.name for f in schema.row_fields]
         self.item_names = [f.name for f in schema.item]
         optimizer = RowAdam(lr=config.table_lr, weight_decay=config.table_decay)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.tables = nn.ModuleDict({
-                name: EmbeddingTable(sizes[name], config.dim, optimizer, seed=seed * 100 + position)
-                for position, name in enumerate(self.row_names + self.item_names)
-            })
+            self.tables = nn.ModuleDict(
+                {
+                    name: EmbeddingTable(sizes[name], config.dim, optimizer, seed=seed * 100 + position)
+                    for position, name in enumerate(self.row_names + self.item_names)
+                }
+            )
             history_fields = len(self.item_names) + (text_dim > 0) if schema.history_length else 0
             fields = len(self.row_names) + len(self.item_names) + (text_dim > 0)
             self.backbone = backbones.build(config.backbone, Shape(fields, history_fields, config.dim), config.networks)
-            self.text_field = TextField(text_dim, config.dim, fuse or FuseConfig()) if text_dim else None
+            self.text_field = TextField(text_dim, config.dim, self.fuse) if self.fuse else None
         self.target = tuple(range(len(self.row_names), fields)) if schema.history_length else ()
 
     def inputs(self, batch: Batch) -> Inputs:
@@ -145,13 +158,11 @@ class ClickModel(Task):
             table.grow(sizes[name])
 
     @torch.no_grad()
-    def item_embeddings(self, batch: Batch) -> Tensor:
-        """The item side of a batch's distinct items, text left out, joined: [U, F_item * d] (CELA, eq. 8)."""
-        return torch.cat([self.tables[name](batch.item_fields[name]) for name in self.item_names], 1)
+    def item_embeddings(self, item_fields: dict[str, Lookup]) -> Tensor:
+        """The item side of U items, text left out, joined: [U, F_item * d] (CELA, eq. 8)."""
+        return torch.cat([self.tables[name](item_fields[name]) for name in self.item_names], 1)
 
 
 def table_sizes(vocabularies: dict[str, Any], schema: Schema) -> dict[str, int]:
     """Rows of each field's table, by name."""
     return {field.name: vocabularies[field.name].size for field in schema.row_fields + schema.item}
-
-

@@ -68,7 +68,9 @@ def test_seed_and_epoch_change_the_masks():
 
 
 def test_no_rows():
-    masked = mask_tokens(TokenBatch(*(torch.zeros(s, dtype=torch.int64) for s in (0, (0, 2), (0, 2)))), VOCABULARY, 1, 0)
+    masked = mask_tokens(
+        TokenBatch(*(torch.zeros(s, dtype=torch.int64) for s in (0, (0, 2), (0, 2)))), VOCABULARY, 1, 0
+    )
     assert masked.input_ids.shape == (0, 2) and len(masked.positions) == len(masked.targets) == 0
 
 

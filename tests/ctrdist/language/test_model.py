@@ -165,8 +165,8 @@ def test_fingerprint_sees_one_weight_and_the_pooling(tiny_lm: Path):
     assert fingerprint(nn.Linear(2, 2).bfloat16()) != fingerprint(nn.Linear(2, 2).bfloat16())
 
 
-def test_loading_is_silent(tiny_lm: Path, capfd, caplog):
-    LanguageModel.load(str(tiny_lm), masked_lm=True)
+def test_loading_and_saving_are_silent(tiny_lm: Path, tmp_path: Path, capfd, caplog):
+    LanguageModel.load(str(tiny_lm), masked_lm=True).save(tmp_path)
     printed = capfd.readouterr()
     assert printed.out == printed.err == "" and not caplog.records
 

@@ -1,0 +1,105 @@
+"""What serving needs, and nothing else: click models as safetensors and JSON, and a release that scores rows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file, save_file
+
+from ctrdist.batch import collate, load_text_table
+from ctrdist.config import from_dict, to_dict
+from ctrdist.errors import UserError
+from ctrdist.items import Catalog
+from ctrdist.log import encode
+from ctrdist.schema import HISTORY, ITEM_ID, LABEL, Schema
+from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig
+from ctrdist.vocabulary import load_vocabularies
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+
+
+def save_click_model(model: ClickModel, folder: Path, optimizer_state: bool = True) -> None:
+    """Write a click model: `model.safetensors`, and `model.json` from which it is built again.
+
+    Args:
+        optimizer_state: with the state of the tables' optimizer, so that training can go on another day.
+    """
+    names = {f"tables.{name}.{state}" for name, table in model.tables.items() for state in table.optimizer.state_names}
+    state = {
+        name: value.contiguous() for name, value in model.state_dict().items() if optimizer_state or name not in names
+    }
+    save_file(state, folder / WEIGHTS)
+    description = {
+        "config": to_dict(model.config),
+        "fuse": to_dict(model.fuse) if model.fuse else None,
+        "text_dim": model.text_dim,
+        "sizes": {name: table.rows for name, table in model.tables.items()},
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+
+
+def load_click_model(folder: Path, schema: Schema, config: ClickConfig | None = None) -> ClickModel:
+    """A click model as `save_click_model` wrote it; `config` replaces how it is trained on, not what it is."""
+    description = json.loads((folder / DESCRIPTION).read_text())
+    saved = from_dict(ClickConfig(), description["config"], str(folder / DESCRIPTION))
+    if config is not None:
+        for name in ("backbone", "dim", "networks"):
+            if getattr(config, name) != getattr(saved, name):
+                raise UserError(
+                    f"--ctr.{name}: the model in {folder} has {to_dict(getattr(saved, name))!r}, not "
+                    f"{to_dict(getattr(config, name))!r}; use the same, --from-scratch, or another --state"
+                )
+    fuse = description["fuse"] and from_dict(FuseConfig(), description["fuse"], str(folder / DESCRIPTION))
+    model = ClickModel(schema, description["sizes"], config or saved, description["text_dim"], fuse)
+    model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+    return model.eval()
+
+
+class Release:
+    """A released day: vocabularies, catalog, text table and models that belong together, ready to score.
+
+    Args:
+        folder: local folder of a release.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.schema = Schema.load(folder / "schema.yaml")
+        self.vocabularies = load_vocabularies(folder / "vocabulary")
+        self.catalog = Catalog.load(folder / "catalog", self.schema)
+        self.text_table = load_text_table(folder)
+        self.model = load_click_model(folder / "cela", self.schema)
+
+    @torch.no_grad()
+    def predict(self, rows: pa.Table) -> np.ndarray:
+        """Click probabilities, float32 [n], of rows with the log's columns; label and timestamp are not needed.
+
+        An item that is not in the catalog is scored as an unknown one.
+
+        Raises:
+            UserError: a column that the schema names is missing.
+        """
+        for column in self.columns:
+            if column not in rows.column_names:
+                raise UserError(f"the rows to score have no column '{column}'; needed: {', '.join(self.columns)}")
+        if not rows.num_rows:
+            return np.empty(0, np.float32)
+        rows = (
+            rows.append_column(LABEL, pa.array(np.zeros(rows.num_rows, np.float32)))
+            if LABEL not in rows.column_names
+            else rows
+        )
+        table = encode(rows, self.schema, self.vocabularies, self.catalog)
+        return self.model.predict(collate(table, self.schema, self.catalog, self.text_table)).numpy()
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that a row to score needs."""
+        names = [field.name for field in self.schema.row_fields] + [ITEM_ID]
+        return names + ([HISTORY] if self.schema.history_length else [])
+
+    def predict_frame(self, frame: pd.DataFrame) -> np.ndarray:
+        """`predict` for a DataFrame."""
+        return self.predict(pa.Table.from_pandas(frame, preserve_index=False))

@@ -1,0 +1,122 @@
+"""CELA, every day: align a language model to a CTR model's item embeddings, encode every item once, fuse, release.
+
+Reads a prepared log (jobs/prepare.py), trains the ID model, pre-trains the language model when it is due (DAP), aligns
+it to the item embeddings (ROMA), encodes all items into the text table, trains the CTR model with that table as one
+more field (MF²), evaluates both models on the same test rows, releases and registers the result. A run for the next
+day starts from the day before; a run that was cut off goes on where it was.
+"""
+
+from dataclasses import dataclass, field
+
+from ctrdist import backbones
+from ctrdist.errors import UserError
+from ctrdist.language import source
+from ctrdist.report import console_table
+from ctrdist.tasks.align import AlignConfig
+from ctrdist.tasks.click import ClickConfig, FuseConfig
+from ctrdist.tasks.pretrain import PretrainConfig
+from raycluster import cli, registry, stages
+from raycluster.day import Day, DayOptions, open_day, say
+from raycluster.encoder import EncodeConfig
+from raycluster.reporting import assemble
+from raycluster.stages import LanguageModelConfig
+
+
+@dataclass(frozen=True)
+class CelaOptions(DayOptions):
+    """Options of the day.
+
+    Args:
+        rounds: how often to align and fuse in turn (section 4.4 of the paper).
+        lm: the language model.
+        ctr: the CTR model, with and without text.
+        pretrain: domain-adaptive pre-training of the language model (DAP).
+        align: item-level alignment (ROMA).
+        encode: items to the text table.
+        fuse: the text field of the fused model (MF²).
+    """
+
+    rounds: int = 1
+    lm: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    ctr: ClickConfig = field(default_factory=ClickConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    fuse: FuseConfig = field(default_factory=FuseConfig)
+
+    def check(self) -> None:
+        """Raise a UserError for what can be known to be wrong before anything is read."""
+        if self.rounds < 1:
+            raise UserError(f"--rounds {self.rounds}: at least 1")
+        backbones.check(self.ctr.backbone)
+        source.fetch(self.lm.name)
+
+
+def run(options: CelaOptions) -> None:
+    """The paper's day, from the log to the release."""
+    options.check()
+    day = open_day(options)
+    if done := day.state.find(day.release):
+        say(f"{day.date} is complete: {day.state.path(day.release)}. Nothing to do")
+        if done.facts["options"] != options.result():
+            say("its options were others than these; to try these, give another --state")
+        return
+    with day.running():
+        report = cela(day, options)
+    print(console_table(report), flush=True)
+
+
+def cela(day: Day, options: CelaOptions) -> dict:
+    """All stages, in order; returns the report."""
+    before = day.previous.facts if day.previous else {}
+    read = stages.read_log(day)
+    id_model = stages.train_click(day, "id", read, options.ctr, start=day.earlier("id"))
+    language_model = pretrained = stages.pretrain(day, read, options.lm, options.pretrain)
+
+    # Text vectors of a newly pre-trained language model mean something else: MF² then learns the whole window anew.
+    warm = pretrained.identity == before.get("pretrained_identity")
+    aligned, fused = (day.earlier("lm"), day.earlier("cela")) if warm else (None, None)
+    days = None if warm or not before else day.window.train
+    for number in range(1, options.rounds + 1):
+        suffix = "" if number == 1 else f"_{number}"
+        aligned = stages.align(
+            day,
+            f"roma{suffix}",
+            read,
+            aligned or language_model,
+            fused if number > 1 else id_model,
+            options.align,
+            options.lm.precision,
+            warm=warm,
+        )
+        text = stages.encode(day, f"encode{suffix}", read, aligned, options.encode)
+        fused = stages.train_click(
+            day, f"mf2{suffix}", read, options.ctr, text=text, fuse=options.fuse, start=fused, days=days
+        )
+
+    result = stages.evaluate(day, read, {"id": (id_model, None), "cela": (fused, text)})
+    report = assemble(day, read, text, result)
+    release = registry.write_release(
+        day,
+        read.output,
+        text,
+        {"id": id_model, "cela": fused},
+        report,
+        facts={
+            "options": options.result(),
+            "read": read.output.name,
+            "id": id_model.name,
+            "cela": fused.name,
+            "lm": aligned.name,
+            "dap": pretrained.name,
+            "pretrained": pretrained.facts["date"],
+            "pretrained_identity": pretrained.identity,
+            "trained_days": sorted({*before.get("trained_days", []), *map(str, read.train)}),
+        },
+    )
+    say(f"registered as {registry.register(day, release)}")
+    return report
+
+
+if __name__ == "__main__":
+    cli.main(lambda: run(cli.parse(CelaOptions(), __doc__)))

@@ -1,0 +1,128 @@
+"""Connect to Ray, and turn the cluster's resources into a plan."""
+
+import os
+import threading
+from dataclasses import dataclass
+
+import psutil
+
+from ctrdist.errors import UserError
+
+# The C allocator otherwise returns large blocks to the system and faults them in again, every step.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "1073741824",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+QUIET = {"RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who does what on this cluster.
+
+    Args:
+        workers: processes that train one model together, one a GPU where there are GPUs.
+        gpus: GPUs of each, 0 or 1; an encoder has as many.
+        worker_cpus: CPUs that each of them reserves; what is left is Ray Data's.
+        threads: threads that each of them computes with.
+        encoders: actors that encode items.
+    """
+
+    workers: int
+    gpus: int
+    worker_cpus: float
+    threads: int
+    encoders: int
+
+
+def connect() -> None:
+    """Connect to the cluster that `RAY_ADDRESS` names (a submitted job has it), else start a local Ray."""
+    import ray
+
+    for name in ("RAY_DATA_DISABLE_PROGRESS_BARS",):
+        os.environ.setdefault(name, "1")
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS") or "local",
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": ALLOCATOR | QUIET},
+        ignore_reinit_error=True,
+    )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def make_plan(workers: int = 0) -> Plan:
+    """A plan for the cluster's resources now: `workers` to train with, or as many as there is room for.
+
+    Training workers reserve a small share of a CPU where CPUs are few, since Ray Data, which feeds them, waits for ever
+    if it gets none.
+
+    Raises:
+        UserError: the cluster has no CPU, or fewer CPUs or GPUs than `workers`.
+    """
+    import ray
+
+    resources = ray.cluster_resources()
+    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if cpus < 1:
+        raise UserError("the cluster has no CPU for Ray to use; start it with --num-cpus of 1 or more")
+    if gpus:
+        room, kind = gpus, "GPUs"
+    else:
+        room, kind = cpus, "CPUs"
+    if workers > room:
+        raise UserError(f"--workers {workers}: the cluster has {room} {kind}; at most one worker each")
+    workers = workers or (gpus if gpus else max(min(cpus, 2), cpus // 4))
+    share = 1.0 if cpus >= 4 * workers else 0.25
+    return Plan(workers, 1 if gpus else 0, share, max(1, cpus // workers), workers)
+
+
+def in_submitted_job() -> bool:
+    """Whether this process was started by `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+class PeakMemory:
+    """The largest memory of this process and of Ray's processes on this machine, sampled in a thread.
+
+    Shared pages count once (proportional set size), so the object store is not counted again for each reader.
+    """
+
+    def __init__(self, every: float = 3.0) -> None:
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._every = every
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def close(self) -> int:
+        """Stop sampling; returns the peak in bytes."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+        return self.bytes
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self._every):
+            self.bytes = max(self.bytes, sum(_memory(process) for process in _processes()))
+
+
+def _processes() -> list[psutil.Process]:
+    own = psutil.Process()
+    found = [own]
+    for process in psutil.process_iter(["name", "cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if process.pid != own.pid and (line.startswith("ray::") or "/ray/" in line):
+            found.append(process)
+    return found
+
+
+def _memory(process: psutil.Process) -> int:
+    try:
+        return (
+            process.memory_footprint().pss if hasattr(process, "memory_footprint") else process.memory_full_info().pss
+        )
+    except (psutil.Error, AttributeError):
+        return 0

@@ -1,0 +1,222 @@
+"""A day of a pipeline: its window of the log, its place in the state, and its stages, each done once."""
+
+import datetime as dt
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ctrdist.config import to_dict
+from ctrdist.errors import UserError
+from ctrdist.log import Window, choose_window, list_days
+from ctrdist.schema import Schema
+from ctrdist.storage import Manifest, State, fingerprint
+from raycluster import cluster
+from raycluster.tracking import MetricsTail, Tracker
+
+
+@dataclass(frozen=True)
+class DayOptions:
+    """What every daily job asks.
+
+    Args:
+        data: the prepared log, a folder or URI.
+        state: folder or URI that vocabularies, models, the text table and releases live in.
+        date: last day of the training window; the newest day of the log less test-days if not given.
+        train_days: calendar days in the window.
+        valid_days: the last of them, for validation; not trained on in this run.
+        test_days: days after the window to test on.
+        from_scratch: train on the whole window even if the state has an earlier day to start from.
+        seed: decides every draw.
+        workers: training processes; 0 takes as many as the cluster has room for.
+        max_bad_fraction: largest share of bad rows that the job goes on with.
+        tracking_uri: MLflow's server or database; SQLite in the state if not given.
+        experiment: name of the MLflow experiment and of the registered model.
+        config: YAML file of options; `ctr.yaml` in the working folder is read if it is there.
+    """
+
+    data: str = ""
+    state: str = ""
+    date: dt.date | None = None
+    train_days: int = 60
+    valid_days: int = 1
+    test_days: int = 1
+    from_scratch: bool = False
+    seed: int = 0
+    workers: int = 0
+    max_bad_fraction: float = 0.01
+    tracking_uri: str | None = None
+    experiment: str = "cela"
+    config: str | None = None
+
+    def result(self) -> dict:
+        """The options that change the result."""
+        outside = ("data", "state", "workers", "tracking_uri", "experiment", "config", "max_bad_fraction")
+        return {name: value for name, value in to_dict(self).items() if name not in outside}
+
+
+@dataclass
+class Day:
+    """One run of a daily job. Made by `open_day`."""
+
+    options: DayOptions
+    schema: Schema
+    files: dict[dt.date, list[str]]
+    window: Window
+    state: State
+    previous: Manifest | None
+    stages: dict[str, Manifest] = field(default_factory=dict)
+    skipped: set[str] = field(default_factory=set)
+    plan: cluster.Plan | None = None
+    tracker: Tracker | None = None
+    run_id: str = ""
+    memory: cluster.PeakMemory | None = None
+
+    @property
+    def date(self) -> dt.date:
+        """Last day of the training window."""
+        return self.window.valid[-1]
+
+    @property
+    def release(self) -> str:
+        """Name of this day's release."""
+        return f"releases/{self.date}"
+
+    def name(self, stage: str) -> str:
+        """Name of a stage's output."""
+        return f"runs/{self.date}/{stage}"
+
+    def earlier(self, part: str) -> Manifest | None:
+        """The output that the day started from calls `part`; None without such a day."""
+        return self.state.find(self.previous.facts[part]) if self.previous else None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Ray, the plan and the MLflow run of the day, for as long as the block lasts."""
+        self.memory = cluster.PeakMemory()
+        self.tracker = Tracker.open(self.options.tracking_uri, self.state.uri, self.options.experiment)
+        cluster.connect()
+        self.plan = cluster.make_plan(self.options.workers)
+        labels = {"date": str(self.date), "options": fingerprint(self.options.result())}
+        try:
+            with self.tracker.run(str(self.date), params=to_dict(self.options), tags=labels) as self.run_id:
+                yield
+        finally:
+            self.memory.close()
+
+    def stage(self, stage: str, inputs: str, make: Callable[[str, str, str | None], Manifest]) -> Manifest:
+        """Do a stage, or take its output from an earlier try that had the same inputs.
+
+        Args:
+            inputs: fingerprint of everything that the output depends on.
+            make: (output's name, inputs, file for metrics) -> the output's manifest; its facts have `rows`.
+        """
+        found = self.state.find(self.name(stage), inputs)
+        if found is not None and "seconds" in found.facts:
+            say(f"{stage:10} done before: {found.facts['seconds']:.0f} s, {found.facts['rows']:,} rows")
+            self.skipped.add(stage)
+        else:
+            found = self._make(stage, inputs, make)
+        self.stages[stage] = found
+        return found
+
+    def _make(self, stage: str, inputs: str, make: Callable[[str, str, str | None], Manifest]) -> Manifest:
+        say(f"{stage:10} ...")
+        began = time.monotonic()
+        labels = {"stage": stage, "inputs": inputs}
+        with tempfile.TemporaryDirectory() as folder, self.tracker.run(stage, self.run_id, tags=labels) as run_id:
+            metrics = Path(folder) / "metrics.jsonl"
+            with MetricsTail(self.tracker, run_id, metrics, on_record=Progress(stage)):
+                make(self.name(stage), inputs, str(metrics) if self.state.is_local else None)
+            seconds = time.monotonic() - began
+            manifest = self.state.annotate(self.name(stage), {"seconds": seconds})
+            numbers = {k: v for k, v in manifest.facts.items() if isinstance(v, int | float)}
+            self.tracker.log_metrics(run_id, numbers)
+        say(f"{stage:10} {seconds:.0f} s, {manifest.facts['rows']:,} rows")
+        return manifest
+
+
+def open_day(options: DayOptions) -> Day:
+    """Check data and state, choose the window, and find the day to start from. Needs no Ray.
+
+    Raises:
+        UserError: what is wrong with the options, the data or the state.
+    """
+    for name in ("data", "state"):
+        value = getattr(options, name)
+        if not value:
+            raise UserError(f"--{name} is missing; give it on the command line or in ctr.yaml")
+        if cluster.in_submitted_job() and "://" not in value and not Path(value).is_absolute():
+            raise UserError(
+                f"--{name} {value}: a submitted job runs in a copy of its working folder that is thrown away "
+                "afterwards, so a relative path would lose its files; give an absolute path or a URI"
+            )
+    data, state = _absolute(options.data), State(_absolute(options.state))
+    if "://" not in data and not Path(data).is_dir():
+        raise UserError(f"--data {data}: no such folder; make it with jobs/prepare.py")
+    schema = Schema.load(f"{data}/schema.yaml")
+    files = list_days(data)
+    window = choose_window(list(files), options.date, options.train_days, options.valid_days, options.test_days)
+    known = state.find("schema")
+    if known is not None and known.inputs != schema.fingerprint:
+        raise UserError(
+            f"--state {state.uri}: written by another schema ({known.inputs}) than {data}/schema.yaml "
+            f"({schema.fingerprint}), so its models do not fit; give another --state"
+        )
+    day = Day(replace(options, data=data, state=state.uri), schema, files, window, state, None)
+    if not options.from_scratch:
+        day.previous = latest_release(state, day.date)
+    return day
+
+
+def latest_release(state: State, before: dt.date) -> Manifest | None:
+    """The newest release dated before a day."""
+    names = [name for name in state.names("releases") if name.rsplit("/", 1)[1] < str(before)]
+    return state.find(names[-1]) if names else None
+
+
+def say(line: str) -> None:
+    """A line on the job's console."""
+    print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+
+
+class Progress:
+    """Prints a stage's records, one line every ten seconds: steps, loss, speed, time left."""
+
+    def __init__(self, stage: str, every: float = 10.0) -> None:
+        self.stage, self.every = stage, every
+        self.began = self.printed = time.monotonic()
+        self.first_step: float | None = None
+
+    def __call__(self, record: dict) -> None:
+        now = time.monotonic()
+        if "valid_auc" in record:
+            say(f"{self.stage:10} epoch {record['epoch']:.0f}: validation AUC {record['valid_auc']:.4f}")
+            return
+        if self.first_step is None:
+            self.first_step, self.began = record["step"], now
+        if now - self.printed < self.every or "loss" not in record:
+            return
+        self.printed = now
+        done = record["step"] - self.first_step
+        left = (record["steps"] - record["step"]) * (now - self.began) / done if done else 0
+        say(
+            f"{self.stage:10} step {record['step']:,.0f} of {record['steps']:,.0f}, loss {record['loss']:.4f}, "
+            f"{record['rows_per_second']:,.0f} rows/s, at most {left:.0f} s left"
+        )
+
+    def items(self, done: int, total: int) -> None:
+        """Progress of an encoder."""
+        now = time.monotonic()
+        if now - self.printed >= self.every:
+            self.printed = now
+            left = (total - done) * (now - self.began) / max(1, done)
+            say(
+                f"{self.stage:10} {done:,} of {total:,} items, {done / (now - self.began):,.0f} items/s, {left:.0f} s left"
+            )
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).absolute())

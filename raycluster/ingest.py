@@ -1,0 +1,138 @@
+"""The log as a stream of encoded batches: Ray Data reads, checks and encodes; the order is the plan's."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from ray.train import DataConfig
+
+from ctrdist.items import Catalog
+from ctrdist.log import Chunk, RowGroup, read_chunk
+from ctrdist.scan import Scan, scan_row_group
+from ctrdist.schema import Schema
+from ctrdist.storage import State
+from ctrdist.vocabulary import Vocabulary, load_vocabularies
+
+
+@dataclass(frozen=True)
+class LogReader:
+    """What a process needs to read and encode the log. Pickles small; files are memory-mapped once a process.
+
+    Args:
+        data: the prepared log.
+        state: URI of the state.
+        output: name of the output that holds schema, catalog and vocabularies.
+    """
+
+    data: str
+    state: str
+    output: str
+
+    def open(self) -> tuple[Schema, dict[str, Vocabulary], Catalog]:
+        """Schema, vocabularies and catalog."""
+        return _open(self.state, self.output)
+
+    def read(self, chunk: Chunk, keep: tuple[str, ...] = ()):
+        """The chunk's good rows, encoded (`ctrdist.log.read_chunk`)."""
+        schema, vocabularies, catalog = self.open()
+        return read_chunk(self.data, chunk, schema, vocabularies, catalog, keep)
+
+
+@lru_cache(maxsize=2)
+def _open(state: str, output: str) -> tuple[Schema, dict[str, Vocabulary], Catalog]:
+    folder = State(state).local(output)
+    schema = Schema.load(folder / "schema.yaml")
+    return schema, load_vocabularies(folder / "vocabulary"), Catalog.load(folder / "catalog", schema)
+
+
+def stream(reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tuple[str, ...] = ()) -> ray.data.Dataset:
+    """The chunks' rows, encoded, in the chunks' order.
+
+    Args:
+        block_rows: cut the stream into blocks of exactly this many rows; 0 leaves a block a chunk.
+    """
+    plan = ray.put(chunks)
+
+    def read(batch: dict[str, np.ndarray]):
+        for number in batch["chunk"]:
+            yield from reader.read(ray.get(plan)[int(number)], keep)
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    numbers = [{"chunk": number} for number in range(len(chunks))]
+    dataset = ray.data.from_items(numbers, override_num_blocks=len(chunks))
+    dataset = dataset.map_batches(read, batch_size=1, num_cpus=0.5)
+    return dataset.repartition(target_num_rows_per_block=block_rows, strict=True) if block_rows else dataset
+
+
+class InOrder(DataConfig):
+    """Deals blocks to the training workers in turn, all of them: worker r of W gets blocks r, r + W, r + 2 W, ...
+
+    Blocks hold one worker's share of one global batch, so every number of workers sees the same global batches.
+    Ray's default would even the shares out by dropping rows.
+    """
+
+    def configure(self, datasets, world_size, worker_handles, worker_node_ids, **_kwargs):
+        """Ray Train's hook: one dictionary of iterators a worker."""
+        shares: list[dict] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            dataset = dataset.copy(dataset)
+            dataset.context.execution_options.preserve_order = True
+            parts = dataset.streaming_split(world_size, equal=False, locality_hints=None)
+            for share, part in zip(shares, parts, strict=True):
+                share[name] = part
+        return shares
+
+
+def scan(reader: LogReader, groups: list[RowGroup], train: set, quarantine: Path, tasks: int = 64) -> Scan:
+    """One pass over row groups by Ray tasks (`ctrdist.scan`); the results are added as they come.
+
+    Args:
+        train: the days whose ids are counted for the vocabularies.
+        quarantine: local folder for bad rows.
+        tasks: at most this many pieces of work under way at once.
+    """
+
+    @ray.remote(num_cpus=0.5)
+    def work(part: list[RowGroup]) -> tuple[Scan, list[tuple[str, bytes]]]:
+        import tempfile
+
+        schema, _, catalog = reader.open()
+        total = Scan()
+        with tempfile.TemporaryDirectory() as folder:
+            for group in part:
+                total.add(scan_row_group(reader.data, group, schema, catalog, Path(folder), ids=group.day in train))
+            return total, [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())]
+
+    waiting = _pieces(groups)
+    total, running = Scan(), []
+    while waiting or running:
+        while waiting and len(running) < tasks:
+            running.append(work.remote(waiting.pop()))
+        done, running = ray.wait(running)
+        found, files = ray.get(done[0])
+        total.add(found)
+        for name, content in files:
+            quarantine.mkdir(parents=True, exist_ok=True)
+            (quarantine / name).write_bytes(content)
+    return total
+
+
+def _pieces(groups: list[RowGroup], rows: int = 65536) -> list[list[RowGroup]]:
+    pieces: list[list[RowGroup]] = [[]]
+    for group in groups:
+        if pieces[-1] and sum(g.rows for g in pieces[-1]) + group.rows > rows:
+            pieces.append([])
+        pieces[-1].append(group)
+    return [piece for piece in pieces if piece]
+
+
+def blocks(shard: ray.data.DataIterator, rows: int):
+    """A worker's blocks as Arrow tables of `rows` rows (the last may be shorter)."""
+    for table in shard.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2):
+        assert isinstance(table, pa.Table)
+        yield table

@@ -1,0 +1,96 @@
+"""Releases: a day's vocabulary, catalog, text table, models, schema and metrics as one thing, and its registration."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ctrdist
+from ctrdist.export import Release, load_click_model, save_click_model
+from ctrdist.log import list_row_groups, read_row_group
+from ctrdist.report import write_report
+from ctrdist.storage import Manifest
+from raycluster.day import Day
+
+CODE = [str(Path(ctrdist.__file__).parent)]
+
+
+def write_release(
+    day: Day, read: Manifest, text: Manifest, models: dict[str, Manifest], report: dict[str, Any], facts: dict[str, Any]
+) -> Manifest:
+    """Write the day's release: everything that serving and the next day need, and the report.
+
+    Args:
+        read: output with schema, vocabularies and catalog.
+        text: output with the text table.
+        models: click models by name, `id` and `cela`.
+        facts: what the next day starts from.
+    """
+    state = day.state
+    with state.create(day.release, read.identity, facts) as folder:
+        source = state.local(read.name)
+        shutil.copy(source / "schema.yaml", folder)
+        for part in ("vocabulary", "catalog"):
+            shutil.copytree(source / part, folder / part)
+        shutil.copy(state.local(text.name) / "text_table.npy", folder)
+        for name, output in models.items():
+            (folder / name).mkdir()
+            save_click_model(
+                load_click_model(state.local(output.name), day.schema), folder / name, optimizer_state=False
+            )
+        write_report(report, folder)
+    publish(day)
+    return state.find(day.release)
+
+
+def publish(day: Day) -> None:
+    """Put `report.json` and `report.html` where people look for them, beside the release's manifest."""
+    from pyarrow import fs
+
+    from ctrdist.storage import filesystem
+
+    filesystem_, root = filesystem(day.state.uri)
+    manifest = day.state.find(day.release)
+    folder = f"{root}/{day.release}"
+    filesystem_.create_dir(folder, recursive=True)
+    for name in ("report.json", "report.html"):
+        fs.copy_files(f"{root}/{manifest.folder}/{name}", f"{folder}/{name}", filesystem_, filesystem_)
+
+
+def register(day: Day, release: Manifest) -> str:
+    """Log the release as an MLflow model with signature and input example, and register it; returns name and version.
+
+    A release that is registered already keeps its version.
+    """
+    import mlflow
+
+    client, name = day.tracker.client, day.options.experiment
+    versions = client.search_model_versions(f"name = '{name}'")
+    known = next((v for v in versions if v.tags.get("release") == release.identity), None)
+    if known is not None:
+        return f"{name} version {known.version}"
+    folder = day.state.local(release.name)
+    example = example_rows(day, Release(folder))
+    mlflow.set_tracking_uri(day.tracker.uri)
+    scores = Release(folder).predict_frame(example)
+    import pandas as pd
+
+    signature = mlflow.models.infer_signature(example, pd.DataFrame({"probability": scores}))
+    with mlflow.start_run(run_id=day.run_id):
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("serving_model.py")),
+            artifacts={"release": str(folder)},
+            code_paths=CODE,
+            signature=signature,
+            input_example=example,
+            pip_requirements=["torch", "pyarrow", "pandas", "numpy", "safetensors", "pyyaml", "transformers"],
+        )
+    version = mlflow.register_model(info.model_uri, name, tags={"release": release.identity, "date": str(day.date)})
+    return f"{name} version {version.version}"
+
+
+def example_rows(day: Day, release: Release, rows: int = 5):
+    """The first test rows, with the columns that scoring needs, as a DataFrame."""
+    group = list_row_groups(day.options.data, day.files, day.window.test[:1], day.schema)[0]
+    table = read_row_group(day.options.data, group, day.schema).slice(0, rows).select(release.columns)
+    return table.to_pandas()

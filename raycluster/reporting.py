@@ -1,0 +1,62 @@
+"""What a day was, as the report's dictionary (`ctrdist.report`)."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from ctrdist.config import to_dict
+from ctrdist.storage import Manifest
+from raycluster.day import Day
+from raycluster.stages import Read
+
+STAGES = ("id", "dap", "roma", "encode", "mf2", "evaluate")
+PACKAGES = ("ray", "torch", "transformers", "pyarrow", "numpy", "mlflow")
+
+
+def assemble(day: Day, read: Read, text: Manifest, result: dict[str, Any]) -> dict[str, Any]:
+    """The report of a day that has been evaluated.
+
+    Args:
+        text: output with the text table.
+        result: what `stages.evaluate` gave.
+    """
+    window = {
+        name: [str(days[0]), str(days[-1])]
+        for name in ("train", "valid", "test")
+        if (days := getattr(day.window, name))
+    }
+    counts = {name: read.total(getattr(day.window, name)) for name in ("valid", "test")}
+    stages = {
+        name: _stage(day, name, manifest) for name, manifest in day.stages.items() if name.rsplit("_", 1)[0] in STAGES
+    }
+    return {
+        "date": str(day.date),
+        "release": day.state.path(day.release),
+        "rows": {
+            "train": read.total(read.train),
+            "cold": result["rows"]["cold"],
+            "quarantined": sum(read.faults.values()),
+            **counts,
+        },
+        "window": window | {"trained": [str(read.train[0]), str(read.train[-1])]},
+        "quarantine": {"folder": read.quarantine, "reasons": read.faults},
+        "models": result["models"],
+        "gain": result["gain"],
+        "groups": result["groups"],
+        "stages": stages,
+        "text_table": {"items": text.facts["items"], "dim": text.facts["dim"]},
+        "peak_memory_bytes": day.memory.bytes if day.memory else None,
+        "config": to_dict(day.options),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def _stage(day: Day, name: str, manifest: Manifest) -> dict[str, Any]:
+    facts = manifest.facts
+    return {
+        "seconds": facts["seconds"],
+        "rows": facts["rows"],
+        "skipped": name in day.skipped,
+        "losses": facts.get("losses", []),
+        "valid_auc": facts.get("valid_auc", []),
+    }

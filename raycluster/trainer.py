@@ -1,0 +1,187 @@
+"""Ray Train around the loop: the same loop on every worker, checkpoints in the state, and a restart where one dies."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from ctrdist.errors import UserError
+from ctrdist.group import DistributedGroup, Group
+from ctrdist.loop import LoopConfig, Progress, Record, fit
+from ctrdist.storage import Manifest, State
+from ctrdist.tasks import Task
+from raycluster.cluster import Plan
+from raycluster.ingest import InOrder, blocks
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run, as every worker gets it. All callables are pickled.
+
+    Args:
+        state: URI of the state.
+        output: name of what it makes.
+        inputs: fingerprint of what it is made from; checkpoints of another one are not used.
+        task: builds the task, with its initial weights; the same on every worker.
+        save: writes the trained task to a folder.
+        loop: how to train.
+        batch_size: rows of a global batch; a multiple of the number of workers.
+        collate: an Arrow table of this worker's rows -> batch; for tasks on the log.
+        train_stream: the training rows from an epoch (from 0) to the last one, as a Ray Dataset whose blocks are one
+            worker's share of a global batch each; for tasks on the log.
+        valid_stream: the validation rows; for tasks on the log.
+        batches: (rank, workers, step) -> this worker's batches; for tasks on the items.
+        facts: what the output's manifest should say besides.
+        metrics: local file that rank 0 appends its records to, as JSON lines.
+    """
+
+    state: str
+    output: str
+    inputs: str
+    task: Callable[[], Task]
+    save: Callable[[Task, Path], None]
+    loop: LoopConfig
+    batch_size: int
+    collate: Callable[[Any], Any] | None = None
+    train_stream: Callable[[int], "ray.data.Dataset"] | None = None
+    valid_stream: Callable[[], "ray.data.Dataset"] | None = None
+    batches: Callable[[int, int, int], Iterator[Any]] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    metrics: str | None = None
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the run's checkpoint in the state."""
+        return f"{self.output}.checkpoint"
+
+    def cursor(self) -> int:
+        """Global batches that the latest checkpoint has behind it."""
+        manifest = State(self.state).find(self.checkpoint, self.inputs)
+        return manifest.facts["step"] if manifest else 0
+
+
+def train(training: Training, plan: Plan) -> Manifest:
+    """Run a training to its end and return its output. Goes on from a checkpoint of the same inputs.
+
+    Raises:
+        UserError: what a worker found wrong with the input, or workers that keep dying.
+    """
+    if training.batch_size % plan.workers:
+        raise UserError(
+            f"a batch size of {training.batch_size} does not divide among {plan.workers} workers; choose a "
+            "multiple, or --workers"
+        )
+    training = replace(training, loop=replace(training.loop, threads=plan.threads))
+    datasets = {}
+    if training.train_stream:
+        datasets["train"] = partial(_from_cursor, training)
+    if training.valid_stream:
+        datasets["valid"] = training.valid_stream
+    state = State(training.state)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"training": training},
+        datasets=datasets,
+        dataset_config=InOrder(),
+        scaling_config=ScalingConfig(
+            num_workers=plan.workers,
+            use_gpu=plan.gpus > 0,
+            resources_per_worker={"CPU": plan.worker_cpus} | ({"GPU": plan.gpus} if plan.gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=f"{training.output.replace('/', '-')}-{training.inputs}-{time.time_ns()}",
+            storage_path=state.path("ray") if not state.is_local else str(Path(state.uri).absolute() / "ray"),
+            failure_config=FailureConfig(max_failures=3),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise user_error(error) or error from None
+    manifest = state.find(training.output, training.inputs)
+    assert manifest is not None, "the trainer ended without writing its output"
+    state.remove(training.checkpoint)
+    return manifest
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The UserError within an error of Ray Train, Ray Data or a Ray task, if that is what went wrong."""
+    inner = [getattr(error, "cause", None), error.__cause__, *getattr(error, "worker_failures", {}).values()]
+    if isinstance(error, UserError):
+        return UserError(
+            str(error).splitlines()[-1].removeprefix("ctrdist.errors.UserError: ")
+            if "Traceback" in str(error)
+            else str(error)
+        )
+    return next((found for e in inner if e is not None and (found := user_error(e))), None)
+
+
+def _from_cursor(training: Training) -> "ray.data.Dataset":
+    return training.train_stream(training.cursor() // training.loop.steps_per_epoch)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What each worker runs."""
+    training: Training = config["training"]
+    context = ray.train.get_context()
+    group = DistributedGroup() if context.get_world_size() > 1 else Group()
+    state = State(training.state)
+    share = training.batch_size // group.size
+
+    def batches(step: int) -> Iterator[Any]:
+        if training.batches:
+            return training.batches(group.rank, group.size, step)
+        # The stream begins with the epoch: what a checkpoint has behind it is read and dropped.
+        done = step % training.loop.steps_per_epoch
+        return map(training.collate, islice(blocks(ray.train.get_dataset_shard("train"), share), done, None))
+
+    def valid() -> Iterator[Any]:
+        return map(training.collate, blocks(ray.train.get_dataset_shard("valid"), max(share, 1024)))
+
+    def save_checkpoint(write: Callable[[Path], None], progress: Progress) -> None:
+        with state.create(training.checkpoint, training.inputs, {"step": progress.step}) as folder:
+            write(folder)
+
+    resume = state.find(training.checkpoint, training.inputs)
+    task = training.task()
+    progress = fit(
+        task,
+        batches,
+        training.loop,
+        group=group,
+        device=get_device(),
+        valid=valid if training.valid_stream else None,
+        resume=state.local(training.checkpoint) if resume else None,
+        checkpoint=save_checkpoint,
+        record=Recorder(training.metrics),
+    )
+    if group.rank == 0:
+        facts = training.facts | {
+            "losses": progress.losses,
+            "valid_auc": progress.valid_auc,
+            "best_epoch": progress.best_epoch,
+            "workers": group.size,
+        }
+        with state.create(training.output, training.inputs, facts) as folder:
+            training.save(task, folder)
+    ray.train.report({"step": progress.step})
+
+
+class Recorder:
+    """Appends records to a file as JSON lines, with the time; nothing without a file."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+
+    def __call__(self, record: Record) -> None:
+        if self.path:
+            with open(self.path, "a") as stream:
+                stream.write(json.dumps(record | {"time": time.time()}) + "\n")
