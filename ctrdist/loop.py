@@ -169,7 +169,7 @@ def make_optimizer(task: Task) -> torch.optim.AdamW:
 
 
 def wrap(task: Task, group: Group, device: str | torch.device) -> nn.Module:
-    """The task in DDP, if there are several workers and something dense to train; DDP skips the tables, which are buffers."""
+    """The task in DDP, if there are several workers and something dense to train; DDP skips tables (buffers)."""
     if group.size == 1 or not any(p.requires_grad for p in task.parameters()):
         return task
     ids = [torch.device(device)] if torch.device(device).type == "cuda" else None

@@ -96,7 +96,7 @@ class State:
 
     @contextmanager
     def create(self, name: str, inputs: str = "", facts: dict[str, Any] | None = None) -> Iterator[Path]:
-        """A local folder to write output `name` into. The output exists, and replaces an earlier one, when the block ends.
+        """A local folder to write output `name` into; it exists, and replaces an earlier one, when the block ends.
 
         `facts` may be filled within the block. On an exception nothing is left.
         """

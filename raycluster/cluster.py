@@ -1,5 +1,6 @@
 """Connect to Ray, and turn the cluster's resources into a plan."""
 
+import logging
 import os
 import threading
 from dataclasses import dataclass
@@ -40,10 +41,10 @@ def connect() -> None:
     """Connect to the cluster that `RAY_ADDRESS` names (a submitted job has it), else start a local Ray."""
     import ray
 
-    for name in ("RAY_DATA_DISABLE_PROGRESS_BARS",):
-        os.environ.setdefault(name, "1")
+    address = os.environ.get("RAY_ADDRESS")
     ray.init(
-        address=os.environ.get("RAY_ADDRESS") or "local",
+        address=address or "local",
+        include_dashboard=None if address else False,
         log_to_driver=False,
         logging_level="ERROR",
         runtime_env={"env_vars": ALLOCATOR | QUIET},
@@ -52,6 +53,7 @@ def connect() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def make_plan(workers: int = 0) -> Plan:

@@ -213,9 +213,8 @@ class Progress:
         if now - self.printed >= self.every:
             self.printed = now
             left = (total - done) * (now - self.began) / max(1, done)
-            say(
-                f"{self.stage:10} {done:,} of {total:,} items, {done / (now - self.began):,.0f} items/s, {left:.0f} s left"
-            )
+            speed = f"{done / (now - self.began):,.0f} items/s"
+            say(f"{self.stage:10} {done:,} of {total:,} items, {speed}, {left:.0f} s left")
 
 
 def _absolute(path: str) -> str:

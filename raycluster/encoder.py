@@ -46,16 +46,15 @@ class Encoder:
         texts: str,
         shards: str,
         inputs: str,
-        items: np.ndarray,
         config: EncodeConfig,
         gpu: bool,
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
-        self.state, self.shards, self.inputs, self.items, self.config = State(state), shards, inputs, items, config
+        self.state, self.shards, self.inputs, self.config = State(state), shards, inputs, config
         self.device = torch.device("cuda" if gpu else "cpu")
         self.model = LanguageModel.load(str(self.state.local(language_model))).eval().to(self.device)
-        self.texts = ItemTexts(self.state.local(texts) / "texts.arrow")
+        self.items, self.texts = encoding_order(self.state.local(texts))
         self.bfloat16 = use_bfloat16(config.precision, self.device)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -90,6 +89,12 @@ class Encoder:
         return out
 
 
+def encoding_order(folder: Path) -> tuple[np.ndarray, ItemTexts]:
+    """The catalog rows of today's items, the longest text first so that the last shards are small, and all texts."""
+    items, texts = np.flatnonzero(np.load(folder / "catalog" / "present.npy")), ItemTexts(folder / "texts.arrow")
+    return items[np.argsort(texts.lengths(items), kind="stable")[::-1]], texts
+
+
 def shard_name(shards: str, number: int) -> str:
     """Name of a shard's output."""
     return f"{shards}/{number:06d}"
@@ -100,30 +105,24 @@ def encode_items(
     output: str,
     language_model: str,
     texts: str,
-    items: np.ndarray,
-    rows: int,
     config: EncodeConfig,
     plan: Plan,
     inputs: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
-    """Encode `items` into output `output`: `text_table.npy`, float16 [rows, width], zeros where there is no item.
+    """Encode all items into output `output`: `text_table.npy`, float16 [catalog rows, width], zeros without an item.
 
     Shards that an earlier try has written from the same inputs are not encoded again.
 
     Args:
         language_model: output with the language model to encode with.
-        texts: output that holds `texts.arrow`.
-        items: catalog rows, distinct.
-        rows: catalog rows in all.
+        texts: output that holds the catalog and `texts.arrow`.
         progress: called with (items done, items in all).
     """
     began = time.monotonic()
+    items, all_texts = encoding_order(state.local(texts))
     all_shards = range(-(-len(items) // config.shard_items))
     shards = f"{output}.shards-{fingerprint(inputs, config.shard_items)}"
-    # Long texts first: the last shards to finish are then small.
-    order = np.argsort(ItemTexts(state.local(texts) / "texts.arrow").lengths(items), kind="stable")[::-1]
-    items = items[order]
     missing = [number for number in all_shards if not state.find(shard_name(shards, number), inputs)]
     done = len(items) - sum(len(items[n * config.shard_items : (n + 1) * config.shard_items]) for n in missing)
     if missing:
@@ -141,7 +140,6 @@ def encode_items(
                 "texts": texts,
                 "shards": shards,
                 "inputs": inputs,
-                "items": items,
                 "config": config,
                 "gpu": plan.gpus > 0,
                 "threads": plan.threads,
@@ -153,7 +151,7 @@ def encode_items(
                 progress(done, len(items))
     facts = {"items": len(items), "rows": len(items), "encode_seconds": time.monotonic() - began}
     with state.create(output, inputs, facts) as folder:
-        facts["dim"] = assemble(state, shards, all_shards, items, rows, folder / "text_table.npy")
+        facts["dim"] = assemble(state, shards, all_shards, items, len(all_texts), folder / "text_table.npy")
     for number in all_shards:
         state.remove(shard_name(shards, number))
     manifest = state.find(output, inputs)

@@ -1,6 +1,7 @@
 """Releases: a day's vocabulary, catalog, text table, models, schema and metrics as one thing, and its registration."""
 
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from ctrdist.log import list_row_groups, read_row_group
 from ctrdist.report import write_report
 from ctrdist.storage import Manifest
 from raycluster.day import Day
+from raycluster.tracking import mlflow_quiet
 
 CODE = [str(Path(ctrdist.__file__).parent)]
+SERVING = ("torch", "pyarrow", "pandas", "numpy", "safetensors", "pyyaml", "transformers")
 
 
 def write_release(
@@ -61,32 +64,33 @@ def register(day: Day, release: Manifest) -> str:
 
     A release that is registered already keeps its version.
     """
-    import mlflow
-
-    client, name = day.tracker.client, day.options.experiment
-    versions = client.search_model_versions(f"name = '{name}'")
-    known = next((v for v in versions if v.tags.get("release") == release.identity), None)
-    if known is not None:
-        return f"{name} version {known.version}"
-    folder = day.state.local(release.name)
-    example = example_rows(day, Release(folder))
-    mlflow.set_tracking_uri(day.tracker.uri)
-    scores = Release(folder).predict_frame(example)
     import pandas as pd
 
-    signature = mlflow.models.infer_signature(example, pd.DataFrame({"probability": scores}))
-    with mlflow.start_run(run_id=day.run_id):
-        info = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(Path(__file__).with_name("serving_model.py")),
-            artifacts={"release": str(folder)},
-            code_paths=CODE,
-            signature=signature,
-            input_example=example,
-            pip_requirements=["torch", "pyarrow", "pandas", "numpy", "safetensors", "pyyaml", "transformers"],
-        )
-    version = mlflow.register_model(info.model_uri, name, tags={"release": release.identity, "date": str(day.date)})
-    return f"{name} version {version.version}"
+    client, name = day.tracker.client, day.options.experiment
+    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("release") == release.identity]
+    if known:
+        return f"{name} version {known[0].version}"
+    folder = day.state.local(release.name)
+    loaded = Release(folder)
+    example = example_rows(day, loaded)
+    with mlflow_quiet() as mlflow:
+        mlflow.set_tracking_uri(day.tracker.uri)
+        scores = pd.DataFrame({"probability": loaded.predict_frame(example)})
+        with mlflow.start_run(run_id=day.run_id):
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(Path(__file__).with_name("serving_model.py")),
+                artifacts={"release": str(folder)},
+                code_paths=CODE,
+                signature=mlflow.models.infer_signature(example, scores),
+                input_example=example,
+                pip_requirements=[f"{package}=={version(package)}" for package in SERVING],
+            )
+        labels = {"release": release.identity, "date": str(day.date)}
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        made = client.create_model_version(name, info.model_uri, day.run_id, labels, model_id=info.model_id)
+    return f"{name} version {made.version}"
 
 
 def example_rows(day: Day, release: Release, rows: int = 5):

@@ -500,23 +500,11 @@ def _save_encoder(task: ItemAlignment, folder: Path) -> None:
 
 def encode(day: Day, stage: str, read: Read, lm: Manifest, config: EncodeConfig) -> Manifest:
     """Every item's text through a language model into the text table: its pooled states, at its width."""
-    folder = day.state.local(read.output.name)
-    present = np.load(folder / "catalog" / "present.npy")
     inputs = fingerprint(read.output.identity, lm.identity, to_dict(config))
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
-        return encode_items(
-            day.state,
-            name,
-            lm.name,
-            read.output.name,
-            np.flatnonzero(present),
-            len(present),
-            config,
-            day.plan,
-            inputs,
-            Progress(stage).items,
-        )
+        report = Progress(stage).items
+        return encode_items(day.state, name, lm.name, read.output.name, config, day.plan, inputs, report)
 
     return day.stage(stage, inputs, make)
 

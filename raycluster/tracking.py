@@ -63,7 +63,7 @@ class Tracker:
         served = uri.startswith(("http://", "https://", "databricks"))
         artifacts = f"{state if remote else Path(state).resolve().as_uri()}/mlflow-artifacts"
         shown = re.sub(r"//[^/@]*@", "//***@", uri)
-        with _mlflow_quiet() as mlflow, _quick_failure():
+        with mlflow_quiet() as mlflow, _quick_failure():
             try:
                 client = mlflow.MlflowClient(tracking_uri=uri)
                 found = client.get_experiment_by_name(experiment)
@@ -321,13 +321,14 @@ def _cut(text: str, limit: int, mark: str) -> str:
 
 
 @contextlib.contextmanager
-def _mlflow_quiet() -> Iterator[Any]:
+def mlflow_quiet() -> Iterator[Any]:
     """Imports mlflow (seconds, hence here) without its telemetry, and its chatter at INFO silenced from now on.
 
     Telemetry stays on where the environment says so itself.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
     for name in ("mlflow", "alembic"):

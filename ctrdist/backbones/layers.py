@@ -59,7 +59,7 @@ class Dice(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers, each followed by batch normalisation (if wanted), activation, dropout. [N, in] -> [N, hidden[-1]]."""
+    """Linear layers, each followed by batch normalisation (if wanted), activation, dropout: [N, in] -> [N, out]."""
 
     def __init__(
         self,

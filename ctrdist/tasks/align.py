@@ -15,6 +15,9 @@ from ctrdist.language.texts import TokenBatch
 from ctrdist.losses import SIMILARITIES, global_mean, in_batch_logits, symmetric_info_nce
 from ctrdist.tasks import Task
 
+BUCKETS = 4
+"""Parts of like length that a worker's texts are computed in, where memory does not ask for more."""
+
 
 @dataclass(frozen=True)
 class AlignConfig:
@@ -83,8 +86,10 @@ class ItemAlignment(Task):
     def forward(self, batch: TokenBatch) -> dict[str, Tensor]:
         """`loss`, and `accuracy`: the share of texts whose own item comes first in the global batch."""
         config = self.config
-        text = self._encode(batch)
-        item = self.targets[batch.items.to(self.targets.device)].to(text.device, text.dtype)
+        parts = batch.buckets(max(1, -(-len(batch) // config.chunk)) if config.chunk else BUCKETS)
+        text = torch.cat([self._encode(part) for part in parts])
+        items = torch.cat([part.items for part in parts])
+        item = self.targets[items.to(self.targets.device)].to(text.device, text.dtype)
         loss = symmetric_info_nce(text, item, config.temperature, self.group, config.similarity)
         with torch.no_grad():
             logits, own = in_batch_logits(text, item, config.temperature, self.group, config.similarity)
@@ -100,13 +105,7 @@ class ItemAlignment(Task):
         return encoder.language_model.parameter_groups(config.lr, config.weight_decay) + head
 
     def _encode(self, batch: TokenBatch) -> Tensor:
-        ids, mask, size = batch.input_ids, batch.attention_mask, self.config.chunk
-        if not size or len(batch) <= size:
-            return self.encoder(ids, mask)
-        # Each chunk keeps its input and random state only, and is computed again, alike, in the backward pass.
-        return torch.cat(
-            [
-                checkpoint(self.encoder, *chunk, use_reentrant=False)
-                for chunk in zip(ids.split(size), mask.split(size), strict=True)
-            ]
-        )
+        if not self.config.chunk:
+            return self.encoder(batch.input_ids, batch.attention_mask)
+        # The chunk keeps its input and random state only, and is computed again, alike, in the backward pass.
+        return checkpoint(self.encoder, batch.input_ids, batch.attention_mask, use_reentrant=False)

@@ -14,6 +14,9 @@ from ctrdist.language.texts import TokenBatch
 from ctrdist.losses import info_nce, masked_language_model
 from ctrdist.tasks import Task
 
+BUCKETS = 4
+"""Parts of like length that a worker's texts are computed in."""
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -75,18 +78,23 @@ class DomainAdaptivePretraining(Task):
 
     def forward(self, batch: TokenBatch) -> dict[str, Tensor]:
         """`loss`, `mlm` and `simcse` (unweighted; left out where its weight is 0) of B texts."""
-        config, model, rows = self.config, self.language_model, len(batch)
-        masked = mask_tokens(batch, self.vocabulary, config.mask_probability, self.seed)
+        config, model = self.config, self.language_model
         copies = 3 if config.simcse_weight else 1
-        ids = torch.cat([masked.input_ids] + [batch.input_ids] * (copies - 1))
-        mask = batch.attention_mask.repeat(copies, 1)
-        hidden = model.hidden(ids, mask)
-        logits = model.token_logits(hidden[:rows].flatten(0, 1)[masked.positions])
+        words, targets, views = [], [], []
+        for part in batch.buckets(BUCKETS):
+            masked = mask_tokens(part, self.vocabulary, config.mask_probability, self.seed)
+            ids = torch.cat([masked.input_ids] + [part.input_ids] * (copies - 1))
+            mask = part.attention_mask.repeat(copies, 1)
+            hidden = model.hidden(ids, mask)
+            words.append(hidden[: len(part)].flatten(0, 1)[masked.positions])
+            targets.append(masked.targets)
+            views.append(model.pool(hidden[len(part) :], mask[len(part) :]).unflatten(0, (copies - 1, len(part))))
+        logits, targets = model.token_logits(torch.cat(words)), torch.cat(targets)
         if not config.simcse_weight:
-            loss = masked_language_model(logits, masked.targets, self.group)
+            loss = masked_language_model(logits, targets, self.group)
             return {"loss": loss, "mlm": loss.detach()}
-        first, second = model.pool(hidden[rows:], mask[rows:]).tensor_split(2)
-        mlm = masked_language_model(logits, masked.targets, self.group)
+        first, second = torch.cat(views, 1)
+        mlm = masked_language_model(logits, targets, self.group)
         simcse = info_nce(first, second, config.simcse_temperature, self.group, similarity="cosine")
         return {"loss": mlm + config.simcse_weight * simcse, "mlm": mlm.detach(), "simcse": simcse.detach()}
 
