@@ -70,12 +70,14 @@ def _convert(value: Any, type_: Any, where: str) -> Any:
             return dt.date.fromisoformat(value)
         except ValueError:
             raise UserError(f"{where}: {value!r} is not a date such as 2024-01-31") from None
+    if type_ is Path and isinstance(value, str):
+        return Path(value)
     if type_ is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError:
             raise UserError(f"{where}: expected a number, found {value!r}") from None
-    if not isinstance(value, type_) or (type_ is int and isinstance(value, bool)):
+    if not isinstance(value, type_) or type(value) in (bool, dt.datetime) and type_ is not type(value):
         raise UserError(f"{where}: expected {type_.__name__}, found {value!r}")
     return value
 

@@ -27,7 +27,7 @@ def save_click_model(model: ClickModel, folder: Path, optimizer_state: bool = Tr
     Args:
         optimizer_state: with the state of the tables' optimizer, so that training can go on another day.
     """
-    names = {f"tables.{name}.{state}" for name, table in model.tables.items() for state in table.optimizer.state_names}
+    names = _optimizer_state(model)
     state = {
         name: value.contiguous() for name, value in model.state_dict().items() if optimizer_state or name not in names
     }
@@ -54,8 +54,13 @@ def load_click_model(folder: Path, schema: Schema, config: ClickConfig | None = 
                 )
     fuse = description["fuse"] and from_dict(FuseConfig(), description["fuse"], str(folder / DESCRIPTION))
     model = ClickModel(schema, description["sizes"], config or saved, description["text_dim"], fuse)
-    model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+    missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+    assert not unexpected and set(missing) <= _optimizer_state(model), (folder, missing, unexpected)
     return model.eval()
+
+
+def _optimizer_state(model: ClickModel) -> set[str]:
+    return {f"tables.{name}.{state}" for name, table in model.tables.items() for state in table.optimizer.state_names}
 
 
 class Release:

@@ -101,7 +101,10 @@ def read_items(data: str, schema: Schema) -> pa.Table:
     tables = []
     for path in paths:
         with filesystem_.open_input_file(path) as stream:
-            file = pq.ParquetFile(stream)
+            try:
+                file = pq.ParquetFile(stream)
+            except pa.ArrowInvalid as error:
+                raise UserError(f"{path}: not a readable Parquet file ({error}); restore or remove it") from None
             require_columns(path, columns, file.schema_arrow.names)
             table = file.read(columns=columns)
         nulls = table[ITEM_ID].null_count
@@ -191,7 +194,7 @@ class ItemTexts:
     """Every item's text by catalog row, memory-mapped from an Arrow file: nothing is held in memory."""
 
     def __init__(self, path: Path) -> None:
-        self.column = pa.ipc.open_file(pa.memory_map(str(path))).read_all()["text"].combine_chunks()
+        self.column = pa.ipc.open_file(pa.memory_map(str(path))).read_all()["text"].chunk(0)
 
     @staticmethod
     def write(path: Path, items: pa.Table, ids: Vocabulary, schema: Schema) -> None:
@@ -203,7 +206,7 @@ class ItemTexts:
         with pa.OSFile(str(path), "wb") as sink:
             table = pa.table({"text": padded.take(pa.array(position))})
             with pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table, max_chunksize=65536)
+                writer.write_table(table)  # one chunk, or reading would have to copy the chunks together
 
     def __len__(self) -> int:
         return len(self.column)

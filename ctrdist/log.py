@@ -60,7 +60,7 @@ def list_days(data: str) -> dict[dt.date, list[str]]:
             continue
         name = info.path.rsplit("/", 2)[1]
         try:
-            day = dt.date.fromisoformat(name.removeprefix("dt="))
+            day = dt.datetime.strptime(name, "dt=%Y-%m-%d").date()
         except ValueError:
             raise UserError(f"{info.path}: folder '{name}' is not dt=YYYY-MM-DD") from None
         days.setdefault(day, []).append(info.path)
@@ -188,11 +188,19 @@ def read_row_group(data: str, group: RowGroup, schema: Schema) -> pa.Table:
         return pq.ParquetFile(stream).read_row_group(group.index, columns=log_columns(schema))
 
 
+def first_row(data: str, group: RowGroup) -> int:
+    """Rows of the file before a row group."""
+    filesystem_, _ = filesystem(data)
+    with filesystem_.open_input_file(group.path) as stream:
+        metadata = pq.read_metadata(stream)
+    return sum(metadata.row_group(index).num_rows for index in range(group.index))
+
+
 def find_faults(table: pa.Table, day: dt.date, catalog: Catalog) -> np.ndarray:
     """What is wrong with each row: int8 index into REASONS, 0 for a good row, else the first that applies."""
     faults = np.zeros(table.num_rows, np.int8)
     midnight = int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp())
-    label, timestamp = table[LABEL].cast(pa.float64()), table[TIMESTAMP]
+    label, timestamp = table[LABEL].cast(pa.float64(), safe=False), table[TIMESTAMP]
     rows = catalog.ids.lookup(table[ITEM_ID], ITEM_ID)
     checks = [
         pc.is_null(table[USER_ID]).to_numpy(),
@@ -238,6 +246,8 @@ def encode(
 
 def list_parts(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
     """Offsets (int64, from 0) and flat values of a list column; a null list is an empty one."""
+    if pa.types.is_null(lists.type):
+        lists = lists.cast(pa.list_(pa.null()))
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), pc.list_flatten(lists)
 

@@ -215,7 +215,7 @@ def validate(
     task.train()
     epoch, auc = progress.step // config.steps_per_epoch, metrics.auc()
     progress.valid_auc.append([epoch, auc])
-    if best is None or not auc <= progress.best_auc:
+    if best is None or math.isnan(progress.best_auc) or auc > progress.best_auc:
         progress.best_auc, progress.best_epoch = auc, epoch
         best = {name: value.detach().clone() for name, value in task.state_dict().items()}
     progress.finished = bool(config.patience) and epoch - progress.best_epoch >= config.patience

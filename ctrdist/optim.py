@@ -50,8 +50,10 @@ class RowAdam:
         exp_avg_sq = (
             state["exp_avg_sq"][rows].mul_(self.betas[1]).addcmul_(gradients, gradients, value=1 - self.betas[1])
         )
-        correction = ((1 - self.betas[1] ** steps).sqrt() / (1 - self.betas[0] ** steps)).unsqueeze(1)
-        weight[rows] = values - self.lr * lr_scale * correction * exp_avg / (exp_avg_sq.sqrt() + self.eps)
+        # As in torch.optim.Adam, eps meets the corrected moment, so a first step is a full one for small gradients too.
+        first, second = (1 - beta ** steps.unsqueeze(1) for beta in self.betas)
+        denominator = (exp_avg_sq / second).sqrt_().add_(self.eps)
+        weight[rows] = values - self.lr * lr_scale / first * exp_avg / denominator
         state["steps"][rows], state["exp_avg"][rows], state["exp_avg_sq"][rows] = steps, exp_avg, exp_avg_sq
 
 

@@ -10,11 +10,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ctrdist.items import Catalog
-from ctrdist.log import REASONS, RowGroup, find_faults, list_parts, read_row_group
+from ctrdist.log import REASONS, RowGroup, find_faults, first_row, list_parts, read_row_group
 from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, Schema
-from ctrdist.vocabulary import UNKNOWN, sum_counts, to_keys
-
-Counts = tuple[np.ndarray, np.ndarray]
+from ctrdist.vocabulary import UNKNOWN, Counts, add_counts, sum_counts, to_keys
 
 
 @dataclass
@@ -51,13 +49,8 @@ class Scan:
         for name in ("items", "ids"):
             mine = getattr(self, name)
             for key, counts in getattr(other, name).items():
-                mine[key] = add_counts(mine[key], counts) if key in mine else counts
+                mine[key] = add_counts(mine[key], counts, str(key)) if key in mine else counts
         self.strangers += other.strangers
-
-
-def add_counts(a: Counts, b: Counts) -> Counts:
-    """The sum of two counts of keys."""
-    return sum_counts(np.concatenate([a[0], b[0]]), np.concatenate([a[1], b[1]]))
 
 
 def scan_row_group(
@@ -73,7 +66,7 @@ def scan_row_group(
     by_fault = np.bincount(faults, minlength=len(REASONS))
     scan = Scan(faults={reason: int(n) for reason, n in zip(REASONS[1:], by_fault[1:], strict=True) if n})
     if scan.quarantined:
-        write_quarantine(table, faults, group, quarantine)
+        write_quarantine(table, faults, group, first_row(data, group), quarantine)
     good = table.filter(pa.array(faults == 0))
     item_rows = catalog.ids.lookup(good[ITEM_ID], ITEM_ID)
     scan.rows[group.day] = good.num_rows
@@ -93,13 +86,17 @@ def scan_row_group(
     return scan
 
 
-def write_quarantine(table: pa.Table, faults: np.ndarray, group: RowGroup, folder: Path) -> None:
-    """The bad rows of a row group, as they are, with the columns `reason`, `file` and `row` beside them."""
+def write_quarantine(table: pa.Table, faults: np.ndarray, group: RowGroup, first: int, folder: Path) -> None:
+    """The bad rows of a row group, as they are, with the columns `reason`, `file` and `row` beside them.
+
+    Args:
+        first: rows of the file before this row group, so that `row` counts from the start of the file.
+    """
     bad = np.flatnonzero(faults)
     out = table.take(pa.array(bad))
     out = out.append_column("reason", pa.array([REASONS[code] for code in faults[bad]]))
     out = out.append_column("file", pa.array([group.path] * len(bad)))
-    out = out.append_column("row", pa.array(bad))
+    out = out.append_column("row", pa.array(first + bad))
     folder.mkdir(parents=True, exist_ok=True)
     name = Path(group.path).stem
     pq.write_table(out, folder / f"dt={group.day}.{name}.{group.index}.parquet")

@@ -17,6 +17,7 @@ MULTI = "multi"
 KINDS = (CATEGORICAL, MULTI)
 
 USER_ID, ITEM_ID, LABEL, TIMESTAMP, HISTORY = "user_id", "item_id", "label", "timestamp", "history"
+RESERVED = (LABEL, HISTORY, "item", "filler")  # columns of an encoded row; no field of the log may have their names
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Schema:
         filesystem_, location = filesystem(path)
         try:
             with filesystem_.open_input_stream(location) as stream:
-                content = yaml.safe_load(stream.read())
+                content = yaml.load(stream.read(), _Loader)
         except FileNotFoundError:
             raise UserError(
                 f"{path}: no such file. A prepared log has a schema.yaml; see jobs/prepare.py --help"
@@ -104,14 +105,22 @@ class Schema:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"{source}: field '{name}' is listed twice; each field belongs to one side")
+        for name in [field.name for side in ("user", "context") for field in sides[side]]:
+            if name in RESERVED:
+                raise UserError(f"{source}: a field of the log cannot have the name '{name}'; rename that column")
         if ITEM_ID not in [field.name for field in sides["item"]]:
             raise UserError(f"{source}: item: '{ITEM_ID}' is missing; it is the key of items/ and a field of its own")
         length = content.get("history_length", 0)
-        if not isinstance(length, int) or length < 0:
+        if type(length) is not int or length < 0:
             raise UserError(f"{source}: history_length: {length!r} is not a whole number of 0 or more")
         text = content.get("text") or ()
-        if isinstance(text, str) or not all(isinstance(part, str) for part in text):
+        if not isinstance(text, list | tuple) or not all(isinstance(part, str) for part in text):
             raise UserError(f"{source}: text: expected a list of parts such as '{{title}}.', found {text!r}")
+        for part in text:
+            try:
+                list(string.Formatter().parse(part))
+            except ValueError as error:
+                raise UserError(f"{source}: text: '{part}': {error}; write columns as {{title}}") from None
         truth = content.get("truth") or ""
         if not isinstance(truth, str):
             raise UserError(f"{source}: truth: expected the name of a column, found {truth!r}")
@@ -125,6 +134,17 @@ class Schema:
         }
         content |= {"history_length": self.history_length, "text": list(self.text), "truth": self.truth}
         Path(path).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key written twice; plain YAML would drop the first one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"'{key}' is listed twice in {node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def _fields(content: Any, source: str) -> tuple[Field, ...]:
@@ -141,7 +161,7 @@ def _fields(content: Any, source: str) -> tuple[Field, ...]:
         field = Field(str(name), **options)
         if field.kind not in KINDS:
             raise UserError(f"{source}: {name}: unknown kind '{field.kind}'; {nearest(str(field.kind), KINDS)}")
-        if not isinstance(field.min_count, int) or field.min_count < 1:
+        if type(field.min_count) is not int or field.min_count < 1:
             raise UserError(f"{source}: {name}: min_count: {field.min_count!r} is not a whole number of 1 or more")
         fields.append(field)
     return tuple(fields)

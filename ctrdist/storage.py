@@ -116,6 +116,7 @@ class State:
                 if path.is_file()
             }
             if not self.is_local:
+                filesystem_.create_dir(f"{root}/{folder}")  # an output may have no files
                 fs.copy_files(str(local), f"{root}/{folder}", destination_filesystem=filesystem_)
             manifest = Manifest(name, folder, inputs, files, facts or {})
             self._write_object(f"{name}.json", json.dumps(manifest.__dict__, indent=1).encode())
@@ -148,14 +149,26 @@ class State:
         folder = Path(root) / manifest.folder
         if not self.is_local:
             folder = self.cache / fingerprint(self.uri, manifest.identity)
-            if not (folder / ".complete").exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                fs.copy_files(f"{root}/{manifest.folder}", str(folder), source_filesystem=filesystem_)
-                _check(folder, manifest, self)
-                (folder / ".complete").touch()
+            if not folder.exists():
+                self._copy(f"{root}/{manifest.folder}", folder, manifest)
         _check(folder, manifest, self)
         return folder
+
+    def _copy(self, source: str, folder: Path, manifest: Manifest) -> None:
+        """Copy remote files to local `folder` at once: another process of this machine may be doing the same."""
+        filesystem_, _ = filesystem(self.uri)
+        self.cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=self.cache))
+        try:
+            fs.copy_files(source, str(partial), source_filesystem=filesystem_)
+            _check(partial, manifest, self)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.exists():  # else somebody was faster
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def remove(self, name: str) -> None:
         """Remove output `name`, manifest first. Nothing happens if it does not exist."""

@@ -12,6 +12,8 @@ PADDING = 0
 UNKNOWN = 1
 FIRST_ROW = 2
 
+Counts = tuple[np.ndarray, np.ndarray]
+
 
 def to_keys(values: pa.Array, column: str = "column") -> np.ndarray:
     """Ids as a NumPy array that sorts: int64 for integers, fixed-width UTF-8 bytes (`S`) for strings. No nulls.
@@ -22,7 +24,7 @@ def to_keys(values: pa.Array, column: str = "column") -> np.ndarray:
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
-        return values.cast(pa.int64()).to_numpy(zero_copy_only=False)
+        return values.cast(pa.int64(), safe=False).to_numpy(zero_copy_only=False)  # 64-bit hashes wrap, distinct still
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise UserError(f"column '{column}': ids of type {values.type}; expected strings or integers")
     values = values.cast(pa.large_binary())
@@ -77,23 +79,20 @@ class Vocabulary:
         """
         if isinstance(values, pa.ChunkedArray):
             values = values.combine_chunks()
+        if pa.types.is_null(values.type):
+            return np.full(len(values), UNKNOWN, np.int32)
         encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
         found = self.lookup_keys(to_keys(encoded.dictionary, column), column)
         indices = encoded.indices
         if indices.null_count:
-            indices, found = pc.fill_null(indices, len(found)), np.append(found, np.int32(UNKNOWN))
+            indices, found = pc.fill_null(indices.cast(pa.int64()), len(found)), np.append(found, np.int32(UNKNOWN))
         return found[indices.to_numpy(zero_copy_only=False)]
 
     def lookup_keys(self, keys: np.ndarray, column: str = "column") -> np.ndarray:
         """`lookup` for keys as `to_keys` gives them."""
         if len(self.keys) == 0 or len(keys) == 0:
             return np.full(len(keys), UNKNOWN, np.int32)
-        if keys.dtype.kind != self.keys.dtype.kind:
-            names = {"S": "strings", "i": "integers"}
-            raise UserError(
-                f"column '{column}': ids are {names[keys.dtype.kind]}, but {names[self.keys.dtype.kind]} before; "
-                "keep one type for a column, or start a new state folder"
-            )
+        _require_same_kind(self.keys, keys, column)
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         return np.where(self.keys[at] == keys, self.rows[at], UNKNOWN).astype(np.int32)
 
@@ -106,15 +105,10 @@ class Vocabulary:
         """
         new = self.lookup_keys(keys, column) == UNKNOWN
         keys, counts = keys[new], counts[new]
-        if len(self.pending):
-            keys, counts = sum_counts(
-                np.concatenate([self.pending, keys]), np.concatenate([self.pending_counts, counts])
-            )
-        else:
-            keys, counts = sum_counts(keys, counts)
+        keys, counts = add_counts((self.pending, self.pending_counts), (keys, counts), column)
         enough = counts >= min_count
         added = keys[enough]
-        all_keys = np.concatenate([self.keys, added]) if len(self.keys) else added
+        all_keys = _join_keys(self.keys, added, column)
         all_rows = np.concatenate([self.rows, np.arange(self.size, self.size + len(added), dtype=np.int32)])
         order = np.argsort(all_keys, kind="stable")
         return Vocabulary(all_keys[order], all_rows[order], keys[~enough], counts[~enough])
@@ -140,6 +134,31 @@ def sum_counts(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.nda
     """Distinct keys, sorted, and the sum of each one's counts (int64)."""
     distinct, inverse = np.unique(keys, return_inverse=True)
     return distinct, np.bincount(inverse, weights=counts, minlength=len(distinct)).astype(np.int64)
+
+
+def add_counts(a: Counts, b: Counts, column: str = "column") -> Counts:
+    """The sum of two counts of keys: distinct keys, sorted, and how often each occurs.
+
+    Raises:
+        UserError: one has integers and the other strings.
+    """
+    return sum_counts(_join_keys(a[0], b[0], column), np.concatenate([a[1], b[1]]))
+
+
+def _join_keys(a: np.ndarray, b: np.ndarray, column: str) -> np.ndarray:
+    if not len(a) or not len(b):
+        return b if len(b) else a  # no keys have no type
+    _require_same_kind(a, b, column)
+    return np.concatenate([a, b])
+
+
+def _require_same_kind(before: np.ndarray, keys: np.ndarray, column: str) -> None:
+    if before.dtype.kind != keys.dtype.kind:
+        names = {"S": "strings", "i": "integers"}
+        raise UserError(
+            f"column '{column}': ids are {names[keys.dtype.kind]}, but {names[before.dtype.kind]} before; "
+            "keep one type for a column, or start a new state folder"
+        )
 
 
 def save_vocabularies(vocabularies: dict[str, Vocabulary], folder: Path) -> None:

@@ -15,10 +15,9 @@ from ctrdist.report import console_table
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig, FuseConfig
 from ctrdist.tasks.pretrain import PretrainConfig
-from raycluster import cli, registry, stages
+from raycluster import cli, registry, reporting, stages
 from raycluster.day import Day, DayOptions, open_day, say
 from raycluster.encoder import EncodeConfig
-from raycluster.reporting import assemble
 from raycluster.stages import LanguageModelConfig
 
 
@@ -68,22 +67,22 @@ def run(options: CelaOptions) -> None:
 
 def cela(day: Day, options: CelaOptions) -> dict:
     """All stages, in order; returns the report."""
-    before = day.previous.facts if day.previous else {}
-    read = stages.read_log(day)
+    due = stages.pretraining_due(day, options.lm, options.pretrain)
+    warm = day.previous is not None and not due
+    read = stages.read_log(day, whole_window=due)
     id_model = stages.train_click(day, "id", read, options.ctr, start=day.earlier("id"))
-    language_model = pretrained = stages.pretrain(day, read, options.lm, options.pretrain)
+    pretrained = stages.pretrain(day, read, options.lm, options.pretrain)
 
-    # Text vectors of a newly pre-trained language model mean something else: MF² then learns the whole window anew.
-    warm = pretrained.identity == before.get("pretrained_identity")
-    aligned, fused = (day.earlier("lm"), day.earlier("cela")) if warm else (None, None)
-    days = None if warm or not before else day.window.train
+    # The vectors of a newly pre-trained language model mean something else: MF² then learns the whole window anew.
+    aligned, fused = (day.earlier("lm"), day.earlier("cela")) if warm else (pretrained, None)
+    days = read.train if warm else day.window.train
     for number in range(1, options.rounds + 1):
         suffix = "" if number == 1 else f"_{number}"
         aligned = stages.align(
             day,
             f"roma{suffix}",
             read,
-            aligned or language_model,
+            aligned,
             fused if number > 1 else id_model,
             options.align,
             options.lm.precision,
@@ -95,7 +94,7 @@ def cela(day: Day, options: CelaOptions) -> dict:
         )
 
     result = stages.evaluate(day, read, {"id": (id_model, None), "cela": (fused, text)})
-    report = assemble(day, read, text, result)
+    report = reporting.assemble(day, read, text, result)
     release = registry.write_release(
         day,
         read.output,
@@ -109,11 +108,10 @@ def cela(day: Day, options: CelaOptions) -> dict:
             "cela": fused.name,
             "lm": aligned.name,
             "dap": pretrained.name,
-            "pretrained": pretrained.facts["date"],
-            "pretrained_identity": pretrained.identity,
-            "trained_days": sorted({*before.get("trained_days", []), *map(str, read.train)}),
+            "trained_days": day.trained_days,
         },
     )
+    reporting.log(day, report, release)
     say(f"registered as {registry.register(day, release)}")
     return report
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ctrdist.config import to_dict
 from ctrdist.errors import UserError
-from ctrdist.log import Window, choose_window, list_days
+from ctrdist.log import RowGroup, Window, choose_window, list_days, list_row_groups
 from ctrdist.schema import Schema
 from ctrdist.storage import Manifest, State, fingerprint
 from raycluster import cluster
@@ -73,11 +73,24 @@ class Day:
     tracker: Tracker | None = None
     run_id: str = ""
     memory: cluster.PeakMemory | None = None
+    _groups: dict[dt.date, list[RowGroup]] = field(default_factory=dict)
 
     @property
     def date(self) -> dt.date:
         """Last day of the training window."""
         return self.window.valid[-1]
+
+    @property
+    def new_days(self) -> tuple[dt.date, ...]:
+        """Days of the training window that no earlier day of the state has trained on; all of them if there is none."""
+        trained = self.previous.facts["trained_days"] if self.previous else []
+        return tuple(day for day in self.window.train if str(day) not in trained) or self.window.train
+
+    @property
+    def trained_days(self) -> list[str]:
+        """All days that the state has trained on, this run's included."""
+        before = self.previous.facts["trained_days"] if self.previous else []
+        return sorted({*before, *map(str, self.new_days)})
 
     @property
     def release(self) -> str:
@@ -88,14 +101,24 @@ class Day:
         """Name of a stage's output."""
         return f"runs/{self.date}/{stage}"
 
+    def groups(self, days: tuple[dt.date, ...]) -> list[RowGroup]:
+        """The row groups of some days of the log, their columns checked."""
+        for day in days:
+            if day not in self._groups:
+                self._groups[day] = list_row_groups(self.options.data, self.files, (day,), self.schema)
+        return [group for day in days for group in self._groups[day]]
+
     def earlier(self, part: str) -> Manifest | None:
-        """The output that the day started from calls `part`; None without such a day."""
+        """What the day that this one starts from calls `part`; None without such a day."""
         return self.state.find(self.previous.facts[part]) if self.previous else None
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Ray, the plan and the MLflow run of the day, for as long as the block lasts."""
         self.memory = cluster.PeakMemory()
+        if not self.state.find("schema"):
+            with self.state.create("schema", self.schema.fingerprint) as folder:
+                self.schema.save(folder / "schema.yaml")
         self.tracker = Tracker.open(self.options.tracking_uri, self.state.uri, self.options.experiment)
         cluster.connect()
         self.plan = cluster.make_plan(self.options.workers)
@@ -168,6 +191,7 @@ def open_day(options: DayOptions) -> Day:
     day = Day(replace(options, data=data, state=state.uri), schema, files, window, state, None)
     if not options.from_scratch:
         day.previous = latest_release(state, day.date)
+    day.groups(day.new_days + window.valid + window.test)
     return day
 
 

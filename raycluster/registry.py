@@ -7,7 +7,7 @@ from typing import Any
 
 import ctrdist
 from ctrdist.export import Release, load_click_model, save_click_model
-from ctrdist.log import list_row_groups, read_row_group
+from ctrdist.log import read_row_group
 from ctrdist.report import write_report
 from ctrdist.storage import Manifest
 from raycluster.day import Day
@@ -95,6 +95,6 @@ def register(day: Day, release: Manifest) -> str:
 
 def example_rows(day: Day, release: Release, rows: int = 5):
     """The first test rows, with the columns that scoring needs, as a DataFrame."""
-    group = list_row_groups(day.options.data, day.files, day.window.test[:1], day.schema)[0]
+    group = day.groups(day.window.test[:1])[0]
     table = read_row_group(day.options.data, group, day.schema).slice(0, rows).select(release.columns)
     return table.to_pandas()

@@ -1,6 +1,8 @@
 """What a day was, as the report's dictionary (`ctrdist.report`)."""
 
 import platform
+import shutil
+import tempfile
 from importlib.metadata import version
 from typing import Any
 
@@ -60,3 +62,15 @@ def _stage(day: Day, name: str, manifest: Manifest) -> dict[str, Any]:
         "losses": facts.get("losses", []),
         "valid_auc": facts.get("valid_auc", []),
     }
+
+
+def log(day: Day, report: dict[str, Any], release: Manifest) -> None:
+    """Log the day's metrics (`cela.auc`, `gain.auc`, ...) and the report's files to its MLflow run."""
+    numbers = {f"{model}.{name}": value for model, values in report["models"].items() for name, value in values.items()}
+    numbers |= {f"gain.{name}": value for name, value in report["gain"].items()}
+    numbers |= {f"rows.{name}": value for name, value in report["rows"].items()}
+    day.tracker.log_metrics(day.run_id, {name: v for name, v in numbers.items() if isinstance(v, int | float)})
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("report.json", "report.html"):
+            shutil.copy(day.state.local(release.name) / name, folder)
+        day.tracker.log_artifacts(day.run_id, folder)

@@ -30,8 +30,9 @@ from ctrdist.items import (
 from ctrdist.language.encoder import HEAD, TextEncoder
 from ctrdist.language.model import LanguageModel, load_tokenizer
 from ctrdist.language.texts import TokenBatch, tokenize
-from ctrdist.log import ITEM, list_row_groups, plan_epoch
-from ctrdist.loop import LoopConfig, Precision
+from ctrdist.log import ITEM, plan_epoch
+from ctrdist.loop import LoopConfig
+from ctrdist.optim import Precision
 from ctrdist.scan import Scan, item_counts
 from ctrdist.schema import LABEL, USER_ID
 from ctrdist.storage import Manifest, State, fingerprint
@@ -88,21 +89,22 @@ class Read:
         return sum(self.rows[str(day)] for day in days)
 
 
-def read_log(day: Day) -> Read:
+def read_log(day: Day, whole_window: bool = False) -> Read:
     """Check every row of the days that are used, grow the vocabularies, and number the items.
+
+    Args:
+        whole_window: read all days of the window; otherwise those that are new to the state, and the later ones.
 
     Raises:
         UserError: more bad rows than `max_bad_fraction`.
     """
     before = day.previous
-    trained = set(before.facts["trained_days"]) if before else set()
-    new = tuple(d for d in day.window.train if str(d) not in trained) or day.window.train
-    needed = {"train": new, "valid": day.window.valid, "test": day.window.test}
-    groups = {name: list_row_groups(day.options.data, day.files, days, day.schema) for name, days in needed.items()}
-    filesystem_facts = [(g.path, g.index, g.rows) for part in groups.values() for g in part]
+    train = day.window.train if whole_window else day.new_days
+    groups = day.groups(train + day.window.valid + day.window.test)
     inputs = fingerprint(
-        day.schema.fingerprint, filesystem_facts, before and before.identity, [str(d) for d in day.window.train]
-    )
+        day.schema.fingerprint, [(g.path, g.index, g.rows) for g in groups], before and before.identity,
+        [str(d) for d in day.window.train],
+    )  # fmt: skip
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         return _read(day, name, inputs, groups, before)
@@ -111,10 +113,12 @@ def read_log(day: Day) -> Read:
     facts = output.facts
     folder = day.state.local(output.name)
     counts = np.load(folder / "item_counts.npy")
-    return Read(output, new, counts, facts["rows_by_day"], facts["faults"], facts["strangers"], facts["quarantine"])
+    return Read(
+        output, day.new_days, counts, facts["rows_by_day"], facts["faults"], facts["strangers"], facts["quarantine"]
+    )
 
 
-def _read(day: Day, name: str, inputs: str, groups: dict[str, list], before: Manifest | None) -> Manifest:
+def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | None) -> Manifest:
     schema, state, data = day.schema, day.state, day.options.data
     items = read_items(data, schema)
     old = state.local(before.facts["read"]) if before else None
@@ -128,8 +132,7 @@ def _read(day: Day, name: str, inputs: str, groups: dict[str, list], before: Man
         build_catalog(items, ids, schema, blank).save(folder / "catalog")
     reader = LogReader(data, state.uri, first)
     with state.create(f"runs/{day.date}/quarantine", inputs) as quarantine:
-        train_days = {g.day for g in groups["train"]}
-        scan = ingest.scan(reader, [g for part in groups.values() for g in part], train_days, quarantine)
+        scan = ingest.scan(reader, groups, set(day.new_days), quarantine)
     rows = sum(scan.rows.values())
     where = None
     if scan.quarantined:
@@ -137,7 +140,7 @@ def _read(day: Day, name: str, inputs: str, groups: dict[str, list], before: Man
         _judge(scan, rows, day.options.max_bad_fraction, where)
     counts_by_day = _window_counts(day, old, scan)
     counts = item_counts(counts_by_day, day.window.train, ids.size)
-    fresh = item_counts(scan.items, tuple(train_days), ids.size)
+    fresh = item_counts(scan.items, day.new_days, ids.size)
     for f in schema.row_fields:
         vocabularies[f.name] = blank[f.name].grow(*scan.ids[f.name], f.min_count, f.name)
     vocabularies = grow_item_vocabularies(items, ids.lookup(items["item_id"]), fresh, schema, vocabularies)
@@ -224,10 +227,9 @@ def train_click(
         start and start.identity,
     )
     reader = LogReader(day.options.data, day.state.uri, read.output.name)
-    data = day.options.data
     batch = config.batch_size
-    shuffled = list_row_groups(data, day.files, days, day.schema)
-    in_order = list_row_groups(data, day.files, day.window.valid, day.schema)
+    shuffled = day.groups(days)
+    in_order = day.groups(day.window.valid)
     share = batch // day.plan.workers
     loop = LoopConfig(
         steps_per_epoch=-(-rows // batch),
@@ -295,16 +297,23 @@ def _valid_stream(reader: LogReader, groups: list, block_rows: int):
     return ingest.stream(reader, plan_epoch(groups, 0, 1, None), block_rows)
 
 
+def pretraining_due(day: Day, lm: LanguageModelConfig, config: PretrainConfig) -> bool:
+    """Whether DAP is due: there is none yet of this language model, or the last one is `every_days` old."""
+    last = day.earlier("dap")
+    if last is None or last.facts["lm"] != to_dict(lm):
+        return True
+    age = day.date - dt.date.fromisoformat(last.facts["date"])
+    return bool(config.every_days) and age.days >= config.every_days
+
+
 def pretrain(day: Day, read: Read, lm: LanguageModelConfig, config: PretrainConfig) -> Manifest:
     """DAP: masked words and SimCSE over all items' texts, when it is due; else the last one's language model."""
-    before = day.previous
-    if before and config.every_days and (day.date - _date(before.facts["pretrained"])).days < config.every_days:
-        manifest = day.state.find(before.facts["dap"])
-        if manifest is not None and manifest.facts["lm"] == to_dict(lm):
-            say(f"dap        not due: last on {before.facts['pretrained']}, every {config.every_days} days")
-            day.stages["dap"] = manifest
-            day.skipped.add("dap")
-            return manifest
+    if not pretraining_due(day, lm, config):
+        manifest = day.earlier("dap")
+        say(f"dap        not due: last on {manifest.facts['date']}, every {config.every_days} days")
+        day.stages["dap"] = manifest
+        day.skipped.add("dap")
+        return manifest
     items = _items_with_text(day, read)
     inputs = fingerprint(read.output.identity, to_dict(lm), to_dict(config), day.options.seed)
 
@@ -546,7 +555,7 @@ def evaluate(day: Day, read: Read, models: dict[str, tuple[Manifest, Manifest | 
         {name: (m.identity, t and t.identity) for name, (m, t) in models.items()},
     )
     reader = LogReader(day.options.data, day.state.uri, read.output.name)
-    groups = list_row_groups(day.options.data, day.files, day.window.test, day.schema)
+    groups = day.groups(day.window.test)
     outputs = {name: (model.name, text and text.name) for name, (model, text) in models.items()}
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
@@ -581,7 +590,3 @@ def evaluate(day: Day, read: Read, models: dict[str, tuple[Manifest, Manifest | 
     result = metrics.evaluate(users, seen, label, scores)
     first, last = names[0], list(models)[-1]
     return result | {"gain": metrics.gain(seen, label, scores[first], scores[last])}
-
-
-def _date(text: str) -> dt.date:
-    return dt.date.fromisoformat(text)

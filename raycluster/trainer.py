@@ -1,16 +1,16 @@
 """Ray Train around the loop: the same loop on every worker, checkpoints in the state, and a restart where one dies."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
 from ctrdist.errors import UserError
@@ -20,6 +20,9 @@ from ctrdist.storage import Manifest, State
 from ctrdist.tasks import Task
 from raycluster.cluster import Plan
 from raycluster.ingest import InOrder, blocks
+
+MAX_FAILURES = 3
+"""How often a training is started again after a worker died."""
 
 
 @dataclass(frozen=True)
@@ -80,36 +83,41 @@ def train(training: Training, plan: Plan) -> Manifest:
             "multiple, or --workers"
         )
     training = replace(training, loop=replace(training.loop, threads=plan.threads))
+    state = State(training.state)
+    for failures in range(MAX_FAILURES + 1):
+        try:
+            _trainer(training, plan).fit()
+            break
+        except Exception as error:
+            wrong = user_error(error)
+            if wrong or failures == MAX_FAILURES:
+                raise wrong or error from None
+            print(f"a training worker died; going on from step {training.cursor():,}", flush=True)
+    manifest = state.find(training.output, training.inputs)
+    assert manifest is not None, "the trainer ended without writing its output"
+    state.remove(training.checkpoint)
+    if state.is_local:
+        shutil.rmtree(state.path("ray"), ignore_errors=True)
+    return manifest
+
+
+def _trainer(training: Training, plan: Plan) -> TorchTrainer:
     datasets = {}
     if training.train_stream:
-        datasets["train"] = partial(_from_cursor, training)
+        datasets["train"] = training.train_stream(training.cursor() // training.loop.steps_per_epoch)
     if training.valid_stream:
-        datasets["valid"] = training.valid_stream
-    state = State(training.state)
-    trainer = TorchTrainer(
+        datasets["valid"] = training.valid_stream()
+    resources = {"CPU": plan.worker_cpus} | ({"GPU": plan.gpus} if plan.gpus else {})
+    # Ray Train restores an earlier run of the same name; ours goes on from its own checkpoint.
+    name = f"{training.output.replace('/', '-')}-{training.inputs}-{time.time_ns()}"
+    return TorchTrainer(
         _work,
         train_loop_config={"training": training},
         datasets=datasets,
         dataset_config=InOrder(),
-        scaling_config=ScalingConfig(
-            num_workers=plan.workers,
-            use_gpu=plan.gpus > 0,
-            resources_per_worker={"CPU": plan.worker_cpus} | ({"GPU": plan.gpus} if plan.gpus else {}),
-        ),
-        run_config=RunConfig(
-            name=f"{training.output.replace('/', '-')}-{training.inputs}-{time.time_ns()}",
-            storage_path=state.path("ray") if not state.is_local else str(Path(state.uri).absolute() / "ray"),
-            failure_config=FailureConfig(max_failures=3),
-        ),
+        scaling_config=ScalingConfig(plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(name=name, storage_path=State(training.state).path("ray")),
     )
-    try:
-        trainer.fit()
-    except Exception as error:
-        raise user_error(error) or error from None
-    manifest = state.find(training.output, training.inputs)
-    assert manifest is not None, "the trainer ended without writing its output"
-    state.remove(training.checkpoint)
-    return manifest
 
 
 def user_error(error: BaseException) -> UserError | None:
@@ -122,10 +130,6 @@ def user_error(error: BaseException) -> UserError | None:
             else str(error)
         )
     return next((found for e in inner if e is not None and (found := user_error(e))), None)
-
-
-def _from_cursor(training: Training) -> "ray.data.Dataset":
-    return training.train_stream(training.cursor() // training.loop.steps_per_epoch)
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,109 @@ def two_workers(tmp_path: Path) -> Callable[..., list[Any]]:
         return [torch.load(out, weights_only=True) for out in outs]
 
     return call
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One small Ray of two CPUs, started once for all tests that need it."""
+    import ray
+
+    from raycluster import cluster
+
+    ray.init(
+        num_cpus=2,
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=500_000_000,
+    )
+    cluster.connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def small_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a prepared log by hand: 4 days with a gap, 44 rows in 6 row groups, 5 of them bad on 2024-01-04."""
+    import datetime as dt
+    import random
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder, draw = tmp_path_factory.mktemp("small_log"), random.Random(7)
+    (folder / "schema.yaml").write_text("""
+user: {user_id: categorical}
+item: {item_id: {kind: categorical, min_count: 3}, genres: multi, studio: {kind: categorical}}
+context: {hour: categorical, tags: multi}
+history_length: 3
+text: ["{title}.", "Genres: {genres}."]
+""")
+    names = [f"i{n:02d}" for n in range(10)] + ["ïtem-é", "i"]
+    genres = [draw.choice([None, [], ["drama"], ["war", None], ["war", "drama", "été"]]) for _ in names]
+    items = pa.table({
+        "item_id": names,
+        "title": [f"Title {name}" for name in names],
+        "genres": pa.array(genres, pa.list_(pa.string())),
+        "studio": pa.array([draw.choice([None, "A", "B"]) for _ in names]),
+        "unused": list(range(len(names))),
+    })  # fmt: skip
+    (folder / "items").mkdir()
+    pq.write_table(items.slice(0, 5), folder / "items" / "part-0.parquet")
+    pq.write_table(items.slice(5), folder / "items" / "part-1.parquet")
+
+    clicked = names[:9]  # the last three stand in no row, only in histories
+    for day, files in (("2024-01-01", (8, 4)), ("2024-01-02", (10,)), ("2024-01-04", (12,)), ("2024-01-05", (10,))):
+        midnight = int(dt.datetime.fromisoformat(f"{day}T00:00:00+00:00").timestamp())
+        for number, count in enumerate(files):
+            rows = {
+                "user_id": [f"u{draw.randrange(6)}" for _ in range(count)],
+                "item_id": [draw.choice(clicked) for _ in range(count)],
+                "label": [float(draw.random() < 0.4) for _ in range(count)],
+                "timestamp": [midnight + draw.randrange(86400) for _ in range(count)],
+                "hour": [draw.choice([None, *range(24)]) for _ in range(count)],
+                "tags": [
+                    draw.choice([None, [draw.choice(["x", "y", None]) for _ in range(draw.randrange(4))]])
+                    for _ in range(count)
+                ],
+                "history": [
+                    draw.choice([None, [draw.choice([*names, "ghost"]) for _ in range(draw.randrange(6))]])
+                    for _ in range(count)
+                ],
+            }
+            if day == "2024-01-04":
+                rows["user_id"][1] = None
+                rows["item_id"][2], rows["item_id"][8] = "ghost", None
+                rows["label"][7], rows["timestamp"][9] = 0.5, midnight + 86400
+            types = {"hour": pa.int64(), "tags": pa.list_(pa.string()), "history": pa.list_(pa.string())}
+            table = pa.table({name: pa.array(values, types.get(name)) for name, values in rows.items()})
+            path = folder / "interactions" / f"dt={day}" / f"part-{number}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, path, row_group_size=6 if day == "2024-01-04" else 100)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_read(small_log: Path):
+    """(schema, vocabularies, catalog) of `small_log`, its first three days counted as training days."""
+    from ctrdist.items import build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
+    from ctrdist.log import list_days, list_row_groups
+    from ctrdist.scan import Scan, item_counts, scan_row_group
+    from ctrdist.schema import Schema
+    from ctrdist.vocabulary import Vocabulary
+
+    data = str(small_log)
+    schema, files = Schema.load(small_log / "schema.yaml"), list_days(data)
+    items = read_items(data, schema)
+    ids = grow_catalog_ids(items, Vocabulary())
+    blank = {field.name: Vocabulary() for field in schema.item + schema.row_fields}
+    first, scan, days = build_catalog(items, ids, schema, blank), Scan(), tuple(files)[:3]
+    with tempfile.TemporaryDirectory() as quarantine:
+        for group in list_row_groups(data, files, days, schema):
+            scan.add(scan_row_group(data, group, schema, first, Path(quarantine)))
+    for field in schema.row_fields:
+        blank[field.name] = Vocabulary().grow(*scan.ids[field.name], field.min_count)
+    counts = item_counts(scan.items, days, ids.size)
+    vocabularies = grow_item_vocabularies(items, ids.lookup(items["item_id"]), counts, schema, blank)
+    return schema, vocabularies, build_catalog(items, ids, schema, vocabularies)

@@ -29,17 +29,18 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
         if self.training:
-            count = x.new_full((1,), x.shape[0])
-            sums = self.group.all_reduce(torch.cat([x.sum(0), x.square().sum(0), count]))
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            count = wide.new_full((1,), x.shape[0])
+            sums = self.group.all_reduce(torch.cat([wide.sum(0), wide.square().sum(0), count]))
             total, squares, count = sums[: x.shape[1]], sums[x.shape[1] : -1], sums[-1].detach()
             several = count > 1
             batch_mean = total / count.clamp(min=1)
             batch_var = (squares / count.clamp(min=1) - batch_mean.square()).clamp(min=0)
             with torch.no_grad():
-                step = self.momentum * several
-                self.running_mean.lerp_(batch_mean.to(mean.dtype), step.to(mean.dtype))
+                step = self.momentum * several.to(mean.dtype)
+                self.running_mean.lerp_(batch_mean.to(mean.dtype), step)
                 unbiased = batch_var * count / (count - 1).clamp(min=1)
-                self.running_var.lerp_(unbiased.to(var.dtype), step.to(var.dtype))
+                self.running_var.lerp_(unbiased.to(var.dtype), step)
             mean, var = torch.where(several, batch_mean, mean), torch.where(several, batch_var, var)
         x = (x - mean) * torch.rsqrt(var + self.eps)
         return x if self.weight is None else x * self.weight + self.bias

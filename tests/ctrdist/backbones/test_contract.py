@@ -1,0 +1,206 @@
+"""What holds for every backbone: a new file in `ctrdist/backbones/` is tested here without a line."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from ctrdist import backbones
+from ctrdist.backbones import NAMES, Backbone, BackboneConfigs, Inputs, Shape
+from ctrdist.errors import UserError
+from ctrdist.group import Group, attach_group
+from ctrdist.losses import binary_cross_entropy
+
+B, T, F, FH, D = 8, 4, 5, 2, 3
+TARGET = (3, 4)
+SPLITS = [[5, 3], [8, 0], [0, 8], [1, 7]]
+
+
+def model_of(name: str, seed: int = 0, shape: Shape = Shape(F, FH, D), **options: Any) -> Backbone:  # noqa: B008
+    config = getattr(BackboneConfigs(), name)
+    options = {key: value for key, value in options.items() if key in {field.name for field in fields(config)}}
+    torch.manual_seed(seed)
+    return backbones.build(name, shape, replace(BackboneConfigs(), **{name: replace(config, **options)})).double()
+
+
+def inputs_of(rows: slice | list[int] = slice(None), seed: int = 1) -> Inputs:
+    draws = torch.Generator().manual_seed(seed)
+    field_vectors = torch.randn(B, F, D, dtype=torch.float64, generator=draws)
+    history = torch.randn(B, T, FH, D, dtype=torch.float64, generator=draws)
+    mask = torch.arange(T) < torch.tensor([4, 2, 0, 1, 3, 4, 0, 1])[:, None]
+    return Inputs(field_vectors[rows], history[rows], mask[rows], TARGET)
+
+
+def logits(model: Backbone, inputs: Inputs) -> Tensor:
+    representation, direct, _ = model.represent(inputs)
+    return model.head(representation) + direct
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rows", [B, 1, 0])
+def test_shapes(name: str, rows: int):
+    model = model_of(name)
+    for mode in (True, False):
+        representation, direct, auxiliary = model.train(mode).represent(inputs_of(slice(rows)))
+        assert representation.shape == (rows, model.width) and direct.shape == (rows,)
+        assert model.head(representation).shape == (rows,)
+        assert all(isinstance(key, str) and value.shape == () for key, value in auxiliary.items())
+        assert representation.isfinite().all() and direct.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_reaches_every_parameter_and_every_input(name: str):
+    model, inputs = without_dropout(model_of(name)), inputs_of()
+    inputs.fields.requires_grad_()
+    inputs.history.requires_grad_()
+    representation, direct, auxiliary = model.represent(inputs)
+    (model.head(representation) + direct).sin().sum().add(sum(auxiliary.values())).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), key
+    assert inputs.fields.grad.any(2).all()
+    assert torch.equal(inputs.history.grad.any(3).any(2), inputs.mask)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_batch_gives_zero_gradients_to_all(name: str):
+    # A worker whose share is empty must take part in the exchange of gradients.
+    model = model_of(name)
+    binary_cross_entropy(logits(model, inputs_of(slice(0))), torch.zeros(0)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_do_not_see_each_other(name: str):
+    model, order = model_of(name).eval(), [3, 0, 7, 5, 1, 2, 6, 4]
+    everything = logits(model, inputs_of())
+    torch.testing.assert_close(logits(model, inputs_of(order)), everything[order], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(logits(model, inputs_of(slice(2, 3))), everything[2:3], rtol=1e-12, atol=1e-14)
+    assert len(everything.unique()) == B
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_padding_does_not_count(name: str, mode: str):
+    model = without_dropout(model_of(name)).train(mode == "train")
+    plain, rubbish, longer = inputs_of(), inputs_of(), inputs_of()
+    expected = logits(model, plain)
+    rubbish.history[~rubbish.mask] = 1e3
+    torch.testing.assert_close(logits(model, rubbish), expected, rtol=1e-12, atol=1e-14)
+    tail = torch.full((B, 3, FH, D), -7.0, dtype=torch.float64)
+    longer.history = torch.cat([longer.history, tail], 1)
+    longer.mask = torch.cat([longer.mask, torch.zeros(B, 3, dtype=torch.bool)], 1)
+    torch.testing.assert_close(logits(model, longer), expected, rtol=1e-12, atol=1e-14)
+    changed = inputs_of()
+    changed.history[changed.mask] += 1
+    assert torch.equal(logits(model.eval(), changed) != logits(model, plain), plain.mask.any(1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_world_without_histories(name: str):
+    model = model_of(name, shape=Shape(F, 0, D))
+    inputs = inputs_of()
+    inputs = Inputs(inputs.fields, inputs.history[:, :0, :0], inputs.mask[:, :0], ())
+    out = logits(model, inputs)
+    out.sum().backward()
+    assert out.shape == (B,) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_follow_the_seed(name: str):
+    first, again, other = (model_of(name, seed).state_dict() for seed in (0, 0, 1))
+    assert first.keys() == again.keys()
+    for key, value in first.items():
+        assert torch.equal(value, again[key]) and value.isfinite().all(), key
+    assert any(not torch.equal(value, other[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("where", ["fields", "history"])
+def test_learns_a_pair_that_no_single_value_tells(name: str, where: str):
+    # The click is the parity of one field's value plus another's, or plus a behaviour's.
+    draws = torch.Generator().manual_seed(0)
+    left, right = torch.randint(6, (2, 512), generator=draws)
+    label = ((left + right) % 2).float()
+    torch.manual_seed(0)
+    vectors = nn.Embedding(12, 8)
+    model = without_dropout(model_of(name, shape=Shape(2, 1, 8))).float()
+    optimizer = torch.optim.Adam([*vectors.parameters(), *model.parameters()], lr=1e-2)
+    mask = torch.full((512, 1), where == "history")
+
+    def score() -> Tensor:
+        one, two = vectors(left), vectors(right + 6)
+        other = two if where == "fields" else torch.ones_like(two)
+        return logits(model, Inputs(torch.stack([other, one], 1), two[:, None, None], mask, (1,)))
+
+    for _ in range(60):
+        optimizer.zero_grad()
+        binary_cross_entropy(score(), label).backward()
+        optimizer.step()
+    model.eval()
+    assert roc_auc_score(label, score().detach()) > 0.95
+    one_hot = torch.cat([nn.functional.one_hot(left, 6), nn.functional.one_hot(right, 6)], 1)
+    linear = LogisticRegression().fit(one_hot, label)
+    assert roc_auc_score(label, linear.decision_function(one_hot)) < 0.65
+
+
+def step_of(group: Group, name: str, options: dict[str, Any], split: list[int]) -> dict[str, Tensor]:
+    """Outputs, gradients and buffers after one training step's forward and backward pass on a share of the rows."""
+    rows = slice(sum(split[: group.rank]), sum(split[: group.rank + 1])) if group.size > 1 else slice(None)
+    model = without_dropout(model_of(name, **options))
+    attach_group(model, group)
+    inputs = inputs_of(rows)
+    inputs.fields.requires_grad_()
+    out = logits(model, inputs)
+    binary_cross_entropy(out, torch.arange(B)[rows] % 2, group).backward()
+    gradients = {f"gradient.{key}": parameter.grad for key, parameter in model.named_parameters()}
+    return {"out": out.detach(), "inputs": inputs.fields.grad} | gradients | dict(model.named_buffers())
+
+
+def steps(group: Group, names: list[str], options: list[dict[str, Any]], splits: list[list[int]]) -> list[dict]:
+    return [step_of(group, name, o, split) for name in names for o in options for split in splits]
+
+
+def test_two_workers_have_the_batch_statistics_of_one(two_workers):
+    options = [{}, {"batch_norm": True}, {"activation": "relu", "batch_norm": True, "softmax": True}]
+    found = zip(*two_workers(steps, NAMES, options, SPLITS), strict=True)
+    checked = 0
+    for name in NAMES:
+        for option in options:
+            alone = step_of(Group(), name, option, [])
+            for split in SPLITS:
+                first, second = next(found)
+                assert alone.keys() == first.keys()
+                for key, value in alone.items():
+                    if key == "out":
+                        other = torch.cat([first[key], second[key]])
+                    elif key == "inputs":
+                        other = torch.cat([first[key], second[key]]) / 2
+                    elif key.startswith("gradient."):
+                        other = (first[key] + second[key]) / 2
+                    else:
+                        other = first[key]
+                        assert torch.equal(other, second[key]), (name, option, split, key)
+                    torch.testing.assert_close(
+                        other, value, rtol=1e-8, atol=1e-11, msg=f"{name} {option} {split} {key}"
+                    )
+                    checked += 1
+    assert checked > 100
+
+
+def test_the_registry():
+    assert {"din", "dcnv2"} <= set(NAMES) and not {"base", "layers"} & set(NAMES)
+    assert [field.name for field in fields(BackboneConfigs)] == list(NAMES)
+    with pytest.raises(UserError, match="--ctr.backbone dinn: no such backbone; did you mean 'din'"):
+        backbones.build("dinn", Shape(F, FH, D))

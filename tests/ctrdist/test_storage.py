@@ -1,0 +1,209 @@
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from ctrdist import storage
+from ctrdist.errors import UserError
+from ctrdist.storage import State, filesystem, fingerprint
+
+
+@pytest.fixture(params=["local", "file://", "remote"])
+def state(request, tmp_path, monkeypatch) -> State:
+    """A state in a folder, under a URI, and on a filesystem that is not this machine's (Arrow's in memory)."""
+    if request.param == "local":
+        return State(tmp_path / "state", tmp_path / "cache")
+    if request.param == "file://":
+        return State(f"file://{tmp_path}/state", tmp_path / "cache")
+    memory, _ = fs.FileSystem.from_uri("mock://")
+    memory.create_dir("state")
+    monkeypatch.setattr(
+        storage, "filesystem", lambda uri: (memory, uri[7:]) if str(uri).startswith("mock://") else filesystem(uri)
+    )
+    return State("mock://state", tmp_path / "cache")
+
+
+def objects(state: State) -> set[str]:
+    """Every file of a state, by its path within."""
+    filesystem_, root = storage.filesystem(state.uri)
+    selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
+    infos = filesystem_.get_file_info(selector)
+    return {info.path.removeprefix(f"{root}/") for info in infos if info.type == fs.FileType.File}
+
+
+def write(state: State, name: str, content: str, inputs: str = "", facts: dict | None = None):
+    with state.create(name, inputs, facts) as folder:
+        (folder / "a.txt").write_text(content)
+        (folder / "deep" / "er").mkdir(parents=True)
+        (folder / "deep" / "er" / "b.txt").write_text(content * 2)
+    return state.find(name)
+
+
+def test_what_is_written_can_be_found_and_read(state):
+    assert state.find("runs/x") is None
+    manifest = write(state, "runs/x", "hello", "f00", {"rows": 3})
+    assert manifest.name == "runs/x" and manifest.inputs == "f00" and manifest.facts == {"rows": 3}
+    assert manifest.files == {
+        name: {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for name, text in (("a.txt", "hello"), ("deep/er/b.txt", "hellohello"))
+    }
+    folder = state.local("runs/x")
+    assert (folder / "a.txt").read_text() == "hello"
+    assert (folder / "deep/er/b.txt").read_text() == "hellohello"
+    assert objects(state) == {"runs/x.json", f"{manifest.folder}/a.txt", f"{manifest.folder}/deep/er/b.txt"}
+    again = pickle.loads(pickle.dumps(state))
+    assert again.find("runs/x") == manifest and again.local("runs/x") == folder
+
+
+def test_other_inputs_are_not_found(state):
+    write(state, "x", "a", "one")
+    assert state.find("x", "one") == state.find("x")
+    assert state.find("x", "two") is None
+    assert state.find("x", "") is None
+
+
+def test_facts_may_be_filled_within_the_block(state):
+    facts = {}
+    with state.create("x", facts=facts):
+        facts["late"] = [1, 2]
+    assert state.find("x").facts == {"late": [1, 2]}
+    assert list(state.local("x").iterdir()) == []
+
+
+def test_a_new_output_replaces_the_old_one_and_its_files(state):
+    old = write(state, "x", "old")
+    assert (state.local("x") / "a.txt").read_text() == "old"
+    new = write(state, "x", "new")
+    assert new.folder != old.folder and new.identity != old.identity
+    assert (state.local("x") / "a.txt").read_text() == "new"
+    assert objects(state) == {"x.json", f"{new.folder}/a.txt", f"{new.folder}/deep/er/b.txt"}
+    same = write(state, "x", "new")
+    assert same.identity == new.identity and same.folder != new.folder
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_nothing_and_keeps_the_earlier_output(state, stop):
+    def fail(name):
+        with state.create(name) as folder:
+            (folder / "half.txt").write_text("half")
+            raise stop("no more")
+
+    with pytest.raises(stop):
+        fail("x")
+    assert state.find("x") is None and objects(state) == set()
+    write(state, "x", "good")
+    before = objects(state)
+    with pytest.raises(stop):
+        fail("x")
+    assert objects(state) == before
+    assert (state.local("x") / "a.txt").read_text() == "good"
+
+
+def test_a_folder_without_a_manifest_is_not_there(state):
+    write(state, "runs/x", "a")
+    filesystem_, root = storage.filesystem(state.uri)
+    filesystem_.create_dir(f"{root}/runs/half.12345678")
+    with filesystem_.open_output_stream(f"{root}/runs/half.12345678/model") as stream:
+        stream.write(b"12")
+    assert state.names("runs") == ["runs/x"]
+    assert state.find("runs/half") is None
+    with pytest.raises(UserError, match="runs/half: not there.*--state"):
+        state.local("runs/half")
+
+
+def test_names_are_of_one_folder_sorted(state):
+    for name in ("runs/b", "runs/a", "runs/sub/c", "other/d"):
+        write(state, name, "x")
+    assert state.names("runs") == ["runs/a", "runs/b"]
+    assert state.names("runs/sub") == ["runs/sub/c"]
+    assert state.names("nothing") == []
+
+
+def test_remove(state):
+    write(state, "x", "a")
+    write(state, "y", "b")
+    state.remove("x")
+    state.remove("x")
+    assert state.find("x") is None
+    assert objects(state) == {"y.json", f"{state.find('y').folder}/a.txt", f"{state.find('y').folder}/deep/er/b.txt"}
+
+
+def test_annotate_adds_facts_and_keeps_the_rest(state):
+    before = write(state, "x", "a", "in", {"rows": 1, "auc": None})
+    after = state.annotate("x", {"auc": 0.5, "status": "kept"})
+    assert after == state.find("x", "in")
+    assert after.facts == {"rows": 1, "auc": 0.5, "status": "kept"}
+    assert (after.files, after.folder, after.identity) == (before.files, before.folder, before.identity)
+    assert (state.local("x") / "a.txt").read_text() == "a"
+
+
+@pytest.mark.parametrize("damage", ["short", "gone"])
+def test_damaged_files_are_named(state, damage):
+    manifest = write(state, "x", "hello")
+    filesystem_, root = storage.filesystem(state.uri)
+    path = f"{root}/{manifest.folder}/a.txt"
+    if damage == "gone":
+        filesystem_.delete_file(path)
+    else:
+        with filesystem_.open_output_stream(path) as stream:
+            stream.write(b"hel")
+    with pytest.raises(UserError, match=r"a\.txt: (3 bytes|missing), expected 5 bytes; remove .*x\.json"):
+        state.local("x")
+    assert not state.cache.exists() or not list(state.cache.iterdir())
+
+
+def test_a_manifest_is_plain_json_with_its_name(state):
+    write(state, "x", "a")
+    filesystem_, root = storage.filesystem(state.uri)
+    with filesystem_.open_input_stream(f"{root}/x.json") as stream:
+        assert set(json.loads(stream.read())) == {"name", "folder", "inputs", "files", "facts"}
+    assert state.path("x") == f"{state.uri}/x"
+
+
+def test_a_remote_output_is_copied_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(State, "is_local", property(lambda _: False))
+    state = State(f"file://{tmp_path}/state", tmp_path / "cache")
+    (tmp_path / "state").mkdir()
+    manifest = write(state, "x", "a")
+    folder = state.local("x")
+    assert folder.is_relative_to(tmp_path / "cache")
+    (tmp_path / "state" / manifest.folder / "a.txt").unlink()
+    assert (state.local("x") / "a.txt").read_text() == "a"
+    write(state, "x", "b")
+    assert (state.local("x") / "a.txt").read_text() == "b"
+
+
+def test_two_processes_copy_a_remote_output_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(State, "is_local", property(lambda _: False))
+    (tmp_path / "state").mkdir()
+    state = State(f"file://{tmp_path}/state", tmp_path / "cache")
+    write(state, "x", "a")
+    copy_files, other = fs.copy_files, []
+
+    def slow(*args, **kwargs):
+        copy_files(*args, **kwargs)
+        if not other:
+            other.append(None)
+            other.append(state.local("x"))  # meanwhile somebody else begins and ends
+
+    monkeypatch.setattr(fs, "copy_files", slow)
+    folder = state.local("x")
+    assert folder == other[1] and (folder / "a.txt").read_text() == "a"
+    assert [path for path in (tmp_path / "cache").iterdir()] == [folder]
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there.*--state"):
+        with State(tmp_path / "file").create("x"):
+            raise AssertionError("not reached")
+
+
+def test_fingerprint_depends_on_content_only():
+    assert fingerprint({"b": 1, "a": (1, 2)}, "x") == fingerprint({"a": [1, 2], "b": 1}, "x")
+    assert fingerprint(Path("/a")) == fingerprint("/a")
+    different = [fingerprint(*parts) for parts in [("a", "b"), ("ab",), ("b", "a"), (["a", "b"],), (1,), ("1",)]]
+    assert len(set(different)) == len(different) and all(len(digits) == 16 for digits in different)

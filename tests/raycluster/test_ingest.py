@@ -1,0 +1,80 @@
+"""The stream: in order, in exact blocks, every row once."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from ctrdist.datasets.synthetic import SyntheticConfig, prepare
+from ctrdist.items import build_catalog, grow_catalog_ids, read_items
+from ctrdist.log import list_days, list_row_groups, plan_epoch, read_chunk
+from ctrdist.scan import Scan, scan_row_group
+from ctrdist.schema import Schema
+from ctrdist.storage import State
+from ctrdist.vocabulary import Vocabulary, save_vocabularies
+from raycluster import ingest
+from raycluster.ingest import InOrder, LogReader
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> LogReader:
+    folder = tmp_path_factory.mktemp("ingest")
+    data = str(folder / "data")
+    prepare(SyntheticConfig(users=40, items=60, days=4, rows_per_day=250), data)
+    schema, state = Schema.load(f"{data}/schema.yaml"), State(folder / "state")
+    items = read_items(data, schema)
+    ids = grow_catalog_ids(items, Vocabulary())
+    blank = {f.name: Vocabulary() for f in schema.row_fields + schema.item}
+    with state.create("read") as out:
+        schema.save(out / "schema.yaml")
+        save_vocabularies(blank, out / "vocabulary")
+        build_catalog(items, ids, schema, blank).save(out / "catalog")
+    return LogReader(data, state.uri, "read")
+
+
+def groups_of(reader: LogReader) -> list:
+    schema, _, _ = reader.open()
+    files = list_days(reader.data)
+    return list_row_groups(reader.data, files, tuple(files), schema)
+
+
+def plain(reader: LogReader, chunks: list, keep: tuple[str, ...] = ()) -> pa.Table:
+    schema, vocabularies, catalog = reader.open()
+    return pa.concat_tables(t for c in chunks for t in read_chunk(reader.data, c, schema, vocabularies, catalog, keep))
+
+
+def test_the_stream_is_the_plain_reader_in_exact_blocks(ray_cluster, reader):
+    chunks = plan_epoch(groups_of(reader), 1000, 96, (3, 0), chunk_rows=300)
+    tables = [ray.get(ref) for ref in ingest.stream(reader, chunks, 32).to_arrow_refs()]
+    assert [t.num_rows for t in tables] == [32] * (1056 // 32)
+    assert pa.concat_tables(tables)["item"].equals(plain(reader, chunks)["item"])
+
+
+def test_blocks_are_dealt_in_turn_and_none_is_dropped(ray_cluster, reader):
+    chunks = plan_epoch(groups_of(reader), 1000, 64, None, chunk_rows=300)
+    stream = ingest.stream(reader, chunks, 16)
+    shares = InOrder().configure({"train": stream}, 2, None, None)
+
+    @ray.remote(num_cpus=0)
+    def consume(shard):
+        return [t["item"].to_pylist() for t in ingest.blocks(shard, 16)]
+
+    first, second = ray.get([consume.remote(share["train"]) for share in shares])
+    dealt = [items for pair in zip(first, second, strict=True) for items in pair]
+    assert sum(dealt, []) == plain(reader, chunks)["item"].to_pylist()
+    assert len(sum(dealt, [])) == 1024
+
+
+def test_a_distributed_scan_is_the_sum_of_plain_ones(ray_cluster, reader, tmp_path):
+    groups = groups_of(reader)
+    days = {g.day for g in groups[:2]}
+    found = ingest.scan(reader, groups, days, tmp_path / "q")
+    schema, _, catalog = reader.open()
+    expected = Scan()
+    for group in groups:
+        expected.add(scan_row_group(reader.data, group, schema, catalog, tmp_path / "p", ids=group.day in days))
+    assert (found.rows, found.clicks, found.faults) == (expected.rows, expected.clicks, expected.faults)
+    assert sum(found.rows.values()) == 1000
+    for name, (keys, counts) in expected.ids.items():
+        np.testing.assert_array_equal(found.ids[name][0], keys)
+        np.testing.assert_array_equal(found.ids[name][1], counts)

@@ -1,0 +1,112 @@
+"""Ray Train around the loop: any number of workers gives one result, and a death in the middle changes nothing."""
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ctrdist.errors import UserError
+from ctrdist.group import Group
+from ctrdist.loop import LoopConfig
+from ctrdist.losses import global_mean
+from ctrdist.tasks import Task
+from raycluster.cluster import Plan, make_plan
+from raycluster.trainer import Training, train
+
+
+class Rows:
+    """Some numbers, as a batch."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def to(self, device) -> "Rows":
+        return self
+
+
+class Regression(Task):
+    """Fits y = 3x + 1; dies once at a step, or finds the input wrong, if told to."""
+
+    def __init__(self, marker: str | None = None, wrong: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.group = nn.Linear(1, 1).double(), Group()
+        self.marker, self.wrong, self.steps = marker, wrong, 0
+
+    def forward(self, batch: Rows) -> dict[str, Tensor]:
+        self.steps += 1
+        if self.wrong:
+            raise UserError("column 'x': 7 is wrong; take 8")
+        if self.marker and self.group.rank == 1 and self.steps == 4 and not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os._exit(1)
+        x = batch.values[:, None]
+        error = (self.linear(x) - (3 * x + 1)).square().sum()
+        return {"loss": global_mean(error, len(batch), self.group)}
+
+    def parameter_groups(self) -> list[dict]:
+        return [{"params": list(self.parameters()), "lr": 0.05, "weight_decay": 0.0}]
+
+
+def batches(rank: int, workers: int, step: int):
+    share = 8 // workers
+    for number in range(step, 10):
+        rows = torch.linspace(-1, 1, 8, dtype=torch.float64) + 0.1 * number
+        rows = rows[: 8 if number % 5 != 4 else 3]
+        yield Rows(rows[rank * share : (rank + 1) * share])
+
+
+def save(task: Task, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(task.state_dict(), folder / "weights.safetensors")
+
+
+def training(state: Path, output: str, task) -> Training:
+    loop = LoopConfig(steps_per_epoch=5, epochs=2, precision="float64", checkpoint_seconds=0.0)
+    return Training(
+        state=str(state), output=output, inputs="x", task=task, save=save, loop=loop, batch_size=8, batches=batches,
+        facts={"rows": 80},
+    )  # fmt: skip
+
+
+def weights(state: Path, manifest) -> Tensor:
+    return torch.cat([v.flatten() for v in load_file(state / manifest.folder / "weights.safetensors").values()])
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("trainer")
+
+
+def test_one_worker_two_workers_and_a_death_end_alike(ray_cluster, state):
+    plan = make_plan(2)
+    alone = train(training(state, "one", Regression), replace(plan, workers=1))
+    both = train(training(state, "two", partial(Regression, str(state / "died"))), plan)
+    assert (state / "died").exists()
+    torch.testing.assert_close(weights(state, alone), weights(state, both), rtol=0, atol=1e-12)
+    assert both.facts["workers"] == 2 and both.facts["losses"][-1][0] == 10
+    assert not list(state.glob("two.checkpoint*"))
+
+
+def test_what_a_worker_finds_wrong_reaches_the_user(ray_cluster, state):
+    with pytest.raises(UserError, match="^column 'x': 7 is wrong; take 8$"):
+        train(training(state, "wrong", partial(Regression, None, True)), replace(make_plan(2), workers=1))
+
+
+def test_a_batch_that_does_not_divide_is_refused(state):
+    with pytest.raises(UserError, match="8 does not divide among 3"):
+        train(training(state, "odd", Regression), Plan(3, 0, 0.25, 1, 1))
+
+
+def test_more_workers_than_room(ray_cluster):
+    with pytest.raises(UserError, match="--workers 9"):
+        make_plan(9)
