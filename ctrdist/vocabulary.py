@@ -25,8 +25,7 @@ def to_keys(values: pa.Array, column: str = "column") -> np.ndarray:
         values = values.dictionary_decode()
     if pa.types.is_integer(values.type) or pa.types.is_boolean(values.type):
         return values.cast(pa.int64(), safe=False).to_numpy(zero_copy_only=False)  # 64-bit hashes wrap, distinct still
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise UserError(f"column '{column}': ids of type {values.type}; expected strings or integers")
+    _require_ids(values.type, column)
     values = values.cast(pa.large_binary())
     if len(values) == 0:
         return np.empty(0, "S1")
@@ -37,6 +36,13 @@ def to_keys(values: pa.Array, column: str = "column") -> np.ndarray:
     matrix = np.zeros((len(values), width), np.uint8)
     matrix[np.repeat(np.arange(len(values)), lengths), _ranges(lengths)] = content
     return matrix.view(f"S{width}").ravel()
+
+
+def _require_ids(type_: pa.DataType, column: str) -> None:
+    type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
+    kinds = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
+    if not any(is_kind(type_) for is_kind in kinds):
+        raise UserError(f"column '{column}': ids of type {type_}; expected strings or integers")
 
 
 def _ranges(lengths: np.ndarray) -> np.ndarray:
@@ -81,6 +87,7 @@ class Vocabulary:
             values = values.combine_chunks()
         if pa.types.is_null(values.type):
             return np.full(len(values), UNKNOWN, np.int32)
+        _require_ids(values.type, column)
         encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
         found = self.lookup_keys(to_keys(encoded.dictionary, column), column)
         indices = encoded.indices

@@ -134,7 +134,7 @@ class ClickModel(Task):
         target = items[batch.target]
         fields = torch.cat([torch.stack(rows, 1), target], 1) if rows else target
         mask = batch.items[batch.history] != 0
-        return Inputs(fields, items[batch.history], mask, self.target)
+        return Inputs(fields, items[batch.history][:, :, : len(self.target)], mask, self.target)
 
     def logits(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [B], and the backbone's auxiliary losses by name."""

@@ -1,0 +1,403 @@
+import datetime as dt
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ctrdist.errors import UserError
+from ctrdist.items import Catalog
+from ctrdist.log import (
+    REASONS,
+    RowGroup,
+    check_types,
+    choose_window,
+    encode,
+    fillers,
+    find_faults,
+    list_days,
+    list_row_groups,
+    log_columns,
+    plan_epoch,
+    read_chunk,
+)
+from ctrdist.schema import Field, Schema
+from ctrdist.vocabulary import Vocabulary, to_keys
+
+DAY = dt.date(2024, 3, 1)
+MIDNIGHT = int(dt.datetime(2024, 3, 1, tzinfo=dt.UTC).timestamp())
+
+
+def vocabulary(*names) -> Vocabulary:
+    return Vocabulary().grow(to_keys(pa.array(names)), np.ones(len(names), np.int64))
+
+
+def rows_of(vocabulary: Vocabulary) -> dict:
+    """Id -> row, as a dict."""
+    keys = vocabulary.in_row_order().tolist()
+    return {key.decode() if isinstance(key, bytes) else key: 2 + n for n, key in enumerate(keys)}
+
+
+# --- days ---
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / "interactions" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "interactions" / name).write_bytes(b"")
+
+
+def test_list_days(tmp_path):
+    touch(tmp_path, "dt=2024-02-10/b.parquet", "dt=2024-02-09/x.parquet", "dt=2024-02-10/a.parquet")
+    touch(tmp_path, "dt=2024-02-11/_SUCCESS", "README")
+    days = list_days(str(tmp_path))
+    root = f"{tmp_path}/interactions"
+    assert list(days.items()) == [
+        (dt.date(2024, 2, 9), [f"{root}/dt=2024-02-09/x.parquet"]),
+        (dt.date(2024, 2, 10), [f"{root}/dt=2024-02-10/{name}.parquet" for name in "ab"]),
+    ]
+    assert list_days(f"file://{tmp_path}") == days
+
+
+@pytest.mark.parametrize("name", ["dt=2024-13-01", "2024-01-01", "day=2024-01-01", "dt=20240101", "other"])
+def test_a_folder_that_is_no_day_is_named(tmp_path, name):
+    touch(tmp_path, "dt=2024-01-01/a.parquet", f"{name}/a.parquet")
+    with pytest.raises(UserError, match=f"folder '{name}' is not dt=YYYY-MM-DD"):
+        list_days(str(tmp_path))
+
+
+def test_no_log_and_no_days(tmp_path):
+    with pytest.raises(UserError, match="interactions: no such folder; --data"):
+        list_days(str(tmp_path))
+    touch(tmp_path, "dt=2024-01-01/notes.txt")
+    with pytest.raises(UserError, match="no Parquet files"):
+        list_days(str(tmp_path))
+
+
+# --- the window ---
+
+
+def days(*numbers: int) -> list[dt.date]:
+    return [dt.date(2024, 1, number) for number in numbers]
+
+
+def window(all_days, date, *counts):
+    found = choose_window(days(*all_days), date and dt.date(2024, 1, date), *counts)
+    return tuple([day.day for day in part] for part in (found.train, found.valid, found.test))
+
+
+@pytest.mark.parametrize(
+    ("all_days", "date", "counts", "expected"),
+    [
+        (range(1, 11), None, (7, 1, 1), ([3, 4, 5, 6, 7, 8], [9], [10])),
+        (range(1, 11), 6, (3, 2, 2), ([4], [5, 6], [7, 8])),
+        (range(1, 11), None, (100, 1, 3), ([1, 2, 3, 4, 5, 6], [7], [8, 9, 10])),
+        (range(1, 11), 9, (2, 1, 5), ([8], [9], [10])),
+        ([1, 2, 5, 6, 9], 6, (5, 2, 3), ([2], [5, 6], [9])),  # counts are of calendar days
+        ([1, 3, 6, 9], 6, (6, 3, 3), ([1, 3], [6], [9])),
+    ],
+)
+def test_windows(all_days, date, counts, expected):
+    assert window(all_days, date, *counts) == expected
+
+
+@pytest.mark.parametrize(
+    ("all_days", "date", "counts", "match"),
+    [
+        ([1, 2, 3], None, (0, 1, 1), "--train-days 0: at least 1"),
+        ([1, 2, 3], None, (2, 0, 1), "--valid-days 0: at least 1"),
+        ([1, 2, 3], None, (2, 1, 0), "--test-days 0: at least 1"),
+        ([1, 2, 3], None, (2, 2, 1), "--valid-days 2 leaves nothing of --train-days 2"),
+        ([1, 2, 3], 7, (2, 1, 1), "--date 2024-01-07: no rows of that day; the log has 2024-01-01 to 2024-01-03"),
+        ([1, 2, 9], None, (2, 1, 1), "--date 2024-01-08: no rows of that day"),
+        ([1, 2, 3], 3, (2, 1, 1), "--test-days 1: no rows after it"),
+        ([1, 2, 3, 9], 3, (2, 1, 5), "--test-days 5: no rows after it"),
+        ([1, 2, 3], 1, (2, 1, 1), "no rows from 2023-12-31 until the validation days begin on 2024-01-01"),
+        ([1, 5, 6], 5, (4, 1, 1), "no rows from 2024-01-02 until"),
+        ([1], None, (2, 1, 1), "--date 2023-12-31: no rows"),
+    ],
+)
+def test_windows_that_cannot_be(all_days, date, counts, match):
+    with pytest.raises(UserError, match=match):
+        window(all_days, date, *counts)
+
+
+# --- types ---
+
+SCHEMA = Schema(
+    (Field("user_id"), Field("likes", "multi")), (Field("item_id"),), (Field("hour"),), history_length=3, truth="p"
+)
+TYPES = {
+    "user_id": pa.string(),
+    "item_id": pa.string(),
+    "label": pa.int8(),
+    "timestamp": pa.int64(),
+    "likes": pa.list_(pa.int32()),
+    "hour": pa.dictionary(pa.int8(), pa.string()),
+    "history": pa.large_list(pa.string()),
+    "p": pa.float64(),
+}
+
+
+def test_columns_and_types_that_are_right():
+    assert set(log_columns(SCHEMA)) == set(TYPES) and len(log_columns(SCHEMA)) == len(TYPES)
+    check_types("f", pa.schema(TYPES | {"more": pa.date32()}), SCHEMA)
+    for column, type_ in [("label", pa.bool_()), ("label", pa.float32()), ("hour", pa.int16()), ("user_id", pa.int64())]:
+        check_types("f", pa.schema(TYPES | {column: type_}), SCHEMA)
+
+
+@pytest.mark.parametrize("column", list(TYPES))
+def test_a_missing_column_is_named(column):
+    found = pa.schema({(f"{name}s" if name == column else name): type_ for name, type_ in TYPES.items()})
+    with pytest.raises(UserError, match=f"part-7: no column '{column}'; did you mean '{column}s'"):
+        check_types("part-7", found, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("column", "type_", "expected"),
+    [
+        ("user_id", pa.float64(), "strings or integers"),
+        ("item_id", pa.list_(pa.string()), "strings or integers"),
+        ("label", pa.string(), "0 and 1"),
+        ("timestamp", pa.timestamp("s"), "integers: seconds UTC"),
+        ("timestamp", pa.float64(), "integers: seconds UTC"),
+        ("likes", pa.string(), "lists of strings or integers"),
+        ("likes", pa.list_(pa.float32()), "lists of strings or integers"),
+        ("hour", pa.dictionary(pa.int8(), pa.float64()), "strings or integers"),
+        ("history", pa.string(), "lists of item ids"),
+        ("history", pa.list_(pa.list_(pa.string())), "lists of item ids"),
+        ("p", pa.int64(), "probabilities"),
+    ],
+)
+def test_a_mistyped_column_is_named(column, type_, expected):
+    with pytest.raises(UserError) as error:
+        check_types("part-7", pa.schema(TYPES | {column: type_}), SCHEMA)
+    assert str(error.value) == f"part-7: column '{column}' is of type {type_}; expected {expected}"
+
+
+def test_row_groups_of_the_log(small_log):
+    schema, files = Schema.load(small_log / "schema.yaml"), list_days(str(small_log))
+    groups = list_row_groups(str(small_log), files, tuple(files), schema)
+    assert [(g.day.day, Path(g.path).name, g.index, g.rows) for g in groups] == [
+        (1, "part-0.parquet", 0, 8), (1, "part-1.parquet", 0, 4), (2, "part-0.parquet", 0, 10),
+        (4, "part-0.parquet", 0, 6), (4, "part-0.parquet", 1, 6), (5, "part-0.parquet", 0, 10),
+    ]  # fmt: skip
+    assert [g.day.day for g in list_row_groups(str(small_log), files, tuple(files)[1:2], schema)] == [2]
+
+
+def test_unreadable_and_empty_files(tmp_path):
+    table = pa.table({name: pa.array([], type_) for name, type_ in TYPES.items()})
+    touch(tmp_path, "dt=2024-01-01/a.parquet")
+    path = tmp_path / "interactions" / "dt=2024-01-01" / "a.parquet"
+    pq.write_table(table, path)
+    files = list_days(str(tmp_path))
+    assert list_row_groups(str(tmp_path), files, tuple(files), SCHEMA) == []
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
+        list_row_groups(str(tmp_path), files, tuple(files), SCHEMA)
+
+
+# --- faults ---
+
+
+def catalog(present=("a", "b"), gone=("old",)) -> Catalog:
+    ids = vocabulary(*present, *gone)
+    flags = np.zeros(ids.size, bool)
+    flags[[rows_of(ids)[name] for name in present]] = True
+    return Catalog(ids, flags, {})
+
+
+def faults(rows: list[tuple], label=None) -> list[str]:
+    user, item, labels, timestamp = zip(*rows, strict=True)
+    table = pa.table({
+        "user_id": pa.array(user, pa.string()), "item_id": pa.array(item, pa.string()),
+        "label": pa.array(labels, label or pa.float64()), "timestamp": pa.array(timestamp, pa.int64()),
+    })  # fmt: skip
+    return [REASONS[code] for code in find_faults(table, DAY, catalog())]
+
+
+def test_each_fault_and_the_bounds_of_the_day():
+    nan, label, outside = float("nan"), "label not 0 or 1", "timestamp outside its day"
+    cases = [
+        (("u", "a", 0.0, MIDNIGHT), "ok"),
+        (("", "b", 1.0, MIDNIGHT + 86399), "ok"),
+        ((None, "a", 1.0, MIDNIGHT), "null user_id"),
+        (("u", None, 1.0, MIDNIGHT), "null item_id"),
+        (("u", "c", 1.0, MIDNIGHT), "item not in items/"),
+        (("u", "", 1.0, MIDNIGHT), "item not in items/"),
+        (("u", "old", 1.0, MIDNIGHT), "item not in items/"),
+        *((("u", "a", value, MIDNIGHT), label) for value in (0.5, 2.0, -1.0, nan, None, float("inf"))),
+        *((("u", "a", 0.0, t), outside) for t in (MIDNIGHT - 1, MIDNIGHT + 86400, None, 0, MIDNIGHT * 1000)),
+    ]
+    assert faults([row for row, _ in cases]) == [reason for _, reason in cases]
+
+
+def test_the_first_fault_is_the_one_that_is_named():
+    bad = [None, None, 0.5, 0]
+    good = ["u", "a", 1.0, MIDNIGHT]
+    expected = ["null user_id", "null item_id", "label not 0 or 1", "timestamp outside its day", "ok"]
+    assert faults([tuple(good[:n] + bad[n:]) for n in range(5)]) == expected
+    assert faults([("u", "c", 0.5, 0)]) == ["item not in items/"]
+
+
+@pytest.mark.parametrize(
+    ("type_", "labels", "expected"),
+    [
+        (pa.int8(), [0, 1, 2, None], [0, 0, 4, 4]),
+        (pa.bool_(), [True, False, None], [0, 0, 4]),
+        (pa.int64(), [1, 2**60 + 1], [0, 4]),
+        (pa.float32(), [1.0, 0.1], [0, 4]),
+    ],
+)
+def test_labels_of_any_number(type_, labels, expected):
+    found = faults([("u", "a", label, MIDNIGHT) for label in labels], type_)
+    assert [REASONS.index(reason) for reason in found] == expected
+
+
+# --- encoding ---
+
+
+def test_encode_against_a_loop_over_rows():
+    draw = random.Random(1)
+    schema = Schema(
+        (Field("user_id"), Field("likes", "multi")), (Field("item_id"),), (Field("hour"),), history_length=3
+    )
+    vocabularies = {"user_id": vocabulary("u1", "u2"), "likes": vocabulary(1, 2, 3), "hour": vocabulary("é", "9")}
+    items = catalog(("a", "b", "c", "d"), ("old",))
+    known = ["a", "b", "c", "d", "old"]
+    rows = [
+        {
+            "user_id": draw.choice(["u1", "u2", "u3"]),
+            "likes": draw.choice([None, [draw.choice([1, 2, 3, 4, None]) for _ in range(draw.randrange(4))]]),
+            "item_id": draw.choice(known),
+            "label": draw.randrange(2),
+            "timestamp": MIDNIGHT + n,
+            "hour": draw.choice(["é", "9", "", None]),
+            "history": draw.choice(
+                [None, [], [draw.choice([*known, "ghost", None]) for _ in range(draw.randrange(1, 7))]]
+            ),
+        }
+        for n in range(60)
+    ]
+    types = pa.schema({
+        "user_id": pa.string(), "likes": pa.list_(pa.int64()), "item_id": pa.string(), "label": pa.int8(),
+        "timestamp": pa.int64(), "hour": pa.string(), "history": pa.list_(pa.string()),
+    })  # fmt: skip
+    table = pa.Table.from_pylist(rows, schema=types)
+    maps, item_rows = {name: rows_of(v) for name, v in vocabularies.items()}, rows_of(items.ids)
+    expected = []
+    for row in rows:
+        past = [item_rows.get(name, 1) for name in (row["history"] or [])[-3:]]
+        expected.append({
+            "label": float(row["label"]), "item": item_rows[row["item_id"]], "filler": False,
+            "user_id": maps["user_id"].get(row["user_id"], 1),
+            "likes": [maps["likes"].get(value, 1) for value in row["likes"] or []],
+            "hour": maps["hour"].get(row["hour"], 1),
+            "history": past + [0] * (3 - len(past)),
+        })  # fmt: skip
+    lengths = Counter(len(row["history"] or []) for row in rows)
+    assert lengths[0] and lengths[1] and lengths[3] and lengths[5]
+    encoded = encode(table, schema, vocabularies, items)
+    assert encoded.to_pylist() == expected
+    assert encoded.schema.field("label").type == pa.float32()
+    assert encoded.schema.field("item").type == pa.int32()
+    assert encoded.schema.field("history").type == pa.list_(pa.int32(), 3)
+
+    pieces = pa.concat_tables([table.slice(0, 11), table.slice(11, 0), table.slice(11, 30), table.slice(41)])
+    assert encode(pieces, schema, vocabularies, items).to_pylist() == expected
+    assert encode(table.slice(17, 20), schema, vocabularies, items).to_pylist() == expected[17:37]
+    assert encode(table.slice(0, 0), schema, vocabularies, items).schema == encoded.schema
+    kept = encode(table, schema, vocabularies, items, keep=("user_id", "history"))
+    assert kept["raw.user_id"].to_pylist() == [row["user_id"] for row in rows]
+    assert kept["raw.history"].to_pylist() == [row["history"] for row in rows]
+    assert fillers(schema, 2).schema == encoded.schema
+    assert fillers(schema, 2).to_pylist() == 2 * [
+        {"label": 0.0, "item": 0, "filler": True, "user_id": 1, "likes": [], "hour": 1, "history": [0, 0, 0]}
+    ]
+
+
+# --- the plan of an epoch ---
+
+
+def row_groups(*sizes: int) -> list[RowGroup]:
+    return [RowGroup(DAY, f"f{n // 3}", n % 3, size) for n, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("good", [1, 63, 64, 65, 500])
+@pytest.mark.parametrize("seed", [None, (1, 2)])
+def test_every_row_group_once_and_whole_batches(good, seed):
+    groups = row_groups(*[10 * n % 37 + 1 for n in range(30)])
+    chunks = plan_epoch(groups, good, 64, seed, chunk_rows=50)
+    assert Counter(g for chunk in chunks for g in chunk.groups) == Counter(groups)
+    assert (good + sum(chunk.fillers for chunk in chunks)) % 64 == 0
+    assert sum(chunk.fillers for chunk in chunks) < 64
+    assert all(chunk.fillers == 0 for chunk in chunks[:-1]) and not chunks[-1].groups
+    assert all(sum(g.rows for g in chunk.groups) <= 50 for chunk in chunks)
+    if seed is None:
+        assert [g for chunk in chunks for g in chunk.groups] == groups
+        assert all(chunk.seed is None for chunk in chunks)
+    else:
+        assert len({chunk.seed for chunk in chunks[:-1]}) == len(chunks) - 1, "no two chunks are shuffled alike"
+
+
+def test_a_row_group_above_the_size_of_a_chunk_stands_alone():
+    groups = row_groups(10, 500, 10)
+    assert [chunk.groups for chunk in plan_epoch(groups, 520, 8, None, 50)][:-1] == [(g,) for g in groups]
+
+
+def test_the_order_is_the_seeds():
+    groups = row_groups(*[20] * 20)
+    plans = {seed: plan_epoch(groups, 400, 32, seed, 40) for seed in [(0, 0), (0, 1), (1, 0)]}
+    assert plans[0, 0] == plan_epoch(groups, 400, 32, (0, 0), 40)
+    orders = {tuple(chunk.groups for chunk in plan) for plan in plans.values()}
+    assert len(orders) == 3
+
+
+# --- reading ---
+
+
+def raw_rows(folder: Path, day: dt.date) -> list[dict]:
+    paths = sorted((folder / "interactions" / f"dt={day}").iterdir())
+    return [row for path in paths for row in pq.ParquetFile(path).read().to_pylist()]
+
+
+def is_good(row: dict, day: dt.date, items: set) -> bool:
+    at = dt.datetime.fromtimestamp(row["timestamp"], dt.UTC).date()
+    return row["user_id"] is not None and row["item_id"] in items and row["label"] in (0.0, 1.0) and at == day
+
+
+def test_read_chunk_gives_the_good_rows(small_log, small_read):
+    schema, vocabularies, catalog = small_read
+    data, files = str(small_log), list_days(str(small_log))
+    items = {name for path in (small_log / "items").iterdir() for name in pq.read_table(path)["item_id"].to_pylist()}
+    good = [row for day in files for row in raw_rows(small_log, day) if is_good(row, day, items)]
+    assert len(good) == 44 - 5
+    users, item_rows = rows_of(vocabularies["user_id"]), rows_of(catalog.ids)
+    expected = [(users.get(r["user_id"], 1), item_rows[r["item_id"]], r["label"], r["timestamp"]) for r in good]
+    groups = list_row_groups(data, files, tuple(files), schema)
+
+    def read(seed, batch):
+        chunks = plan_epoch(groups, len(good), batch, seed, chunk_rows=14)
+        tables = [t for c in chunks for t in read_chunk(data, c, schema, vocabularies, catalog)]
+        return pa.concat_tables(tables).to_pylist()
+
+    def key(row):
+        return row["user_id"], row["item"], row["label"]
+
+    in_order = read(None, 1)
+    assert [key(row) for row in in_order] == [row[:3] for row in expected]
+    shuffled = read((4,), 16)
+    assert len(shuffled) == 48 and [row["filler"] for row in shuffled[-9:]] == [True] * 9
+    assert Counter(map(str, shuffled[:39])) == Counter(map(str, in_order))
+    assert shuffled == read((4,), 16) and shuffled[:39] != in_order and shuffled[:39] != read((5,), 16)[:39]
+    (one,) = read_chunk(data, plan_epoch(groups, 0, 1, (4,))[0], schema, vocabularies, catalog)
+    assert one.to_pylist() != in_order and Counter(map(str, one.to_pylist())) == Counter(map(str, in_order))
+    (kept,) = read_chunk(
+        data, plan_epoch(groups, 0, 1, None)[0], schema, vocabularies, catalog, keep=("timestamp", "user_id")
+    )
+    assert kept["raw.timestamp"].to_pylist() == [row["timestamp"] for row in good]
+    assert kept["raw.user_id"].to_pylist() == [row["user_id"] for row in good]
+    assert list(read_chunk(data, plan_epoch(groups, 0, 1, None)[-1], schema, vocabularies, catalog)) == []
