@@ -5,6 +5,8 @@ gradients; the row-wise optimizer updates those rows only. Between workers, rows
 never the table, and every worker applies the same update to its replica.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,6 +86,35 @@ class EmbeddingTable(nn.Module):
         self.rows_touched = len(ids)
         state = {name: getattr(self, name) for name in self.optimizer.state_names}
         self.optimizer.update(self.weight, state, ids, gradients, lr_scale)
+
+
+class Tables(nn.Module):
+    """Tables by the name of their field; any name will do, which `nn.ModuleDict` does not allow."""
+
+    def __init__(self, tables: dict[str, EmbeddingTable]) -> None:
+        super().__init__()
+        self.names = tuple(tables)
+        for name, table in tables.items():
+            self.add_module(self.key(name), table)
+
+    @staticmethod
+    def key(name: str) -> str:
+        """The name under which a field's table stands in the state."""
+        return "field_" + name.replace("%", "%25").replace(".", "%2E")
+
+    def __getitem__(self, name: str) -> EmbeddingTable:
+        return self.get_submodule(self.key(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def items(self) -> list[tuple[str, EmbeddingTable]]:
+        """Names and tables."""
+        return [(name, self[name]) for name in self.names]
+
+    def values(self) -> list[EmbeddingTable]:
+        """The tables."""
+        return [self[name] for name in self.names]
 
 
 def bag_mean(values: Tensor, offsets: Tensor) -> Tensor:

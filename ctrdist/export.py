@@ -60,7 +60,11 @@ def load_click_model(folder: Path, schema: Schema, config: ClickConfig | None = 
 
 
 def _optimizer_state(model: ClickModel) -> set[str]:
-    return {f"tables.{name}.{state}" for name, table in model.tables.items() for state in table.optimizer.state_names}
+    return {
+        f"tables.{model.tables.key(name)}.{state}"
+        for name, table in model.tables.items()
+        for state in table.optimizer.state_names
+    }
 
 
 class Release:

@@ -148,6 +148,7 @@ def fit(
                 meter.validated()
             progress.finished = progress.finished or progress.step >= total
         if checkpoint and group.rank == 0 and (ended or time.monotonic() - saved_at > config.checkpoint_seconds):
+            meter.flush()  # which refuses a loss that is not finite, before it is kept
             checkpoint(partial(save_checkpoint, task=task, optimizer=optimizer, progress=progress, best=best), progress)
             saved_at = time.monotonic()
     if best is not None:

@@ -88,7 +88,7 @@ def train(training: Training, plan: Plan) -> Manifest:
         try:
             _trainer(training, plan).fit()
             break
-        except Exception as error:
+        except ray.train.TrainingFailedError as error:
             wrong = user_error(error)
             if wrong or failures == MAX_FAILURES:
                 raise wrong or error from None
@@ -115,7 +115,7 @@ def _trainer(training: Training, plan: Plan) -> TorchTrainer:
         train_loop_config={"training": training},
         datasets=datasets,
         dataset_config=InOrder(),
-        scaling_config=ScalingConfig(plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(name=name, storage_path=State(training.state).path("ray")),
     )
 

@@ -31,11 +31,15 @@ class GlobalBatchNorm(nn.Module):
         if self.training:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             count = wide.new_full((1,), x.shape[0])
-            sums = self.group.all_reduce(torch.cat([wide.sum(0), wide.square().sum(0), count]))
+            # Moments around a value near the mean: a large mean would swallow the digits of a small variance.
+            origin = mean.to(wide.dtype, copy=True)
+            near = wide - origin
+            sums = self.group.all_reduce(torch.cat([near.sum(0), near.square().sum(0), count]))
             total, squares, count = sums[: x.shape[1]], sums[x.shape[1] : -1], sums[-1].detach()
             several = count > 1
-            batch_mean = total / count.clamp(min=1)
-            batch_var = (squares / count.clamp(min=1) - batch_mean.square()).clamp(min=0)
+            near_mean = total / count.clamp(min=1)
+            batch_mean = near_mean + origin
+            batch_var = (squares / count.clamp(min=1) - near_mean.square()).clamp(min=0)
             with torch.no_grad():
                 step = self.momentum * several.to(mean.dtype)
                 self.running_mean.lerp_(batch_mean.to(mean.dtype), step)

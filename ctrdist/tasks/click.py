@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ctrdist import backbones
 from ctrdist.backbones import BackboneConfigs, Inputs, Shape
 from ctrdist.batch import Batch, Lookup
-from ctrdist.embedding import EmbeddingTable
+from ctrdist.embedding import EmbeddingTable, Tables
 from ctrdist.group import Group
 from ctrdist.losses import binary_cross_entropy
 from ctrdist.optim import Precision, RowAdam, Schedule, split_decay
@@ -113,7 +113,7 @@ class ClickModel(Task):
         optimizer = RowAdam(lr=config.table_lr, weight_decay=config.table_decay)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.tables = nn.ModuleDict(
+            self.tables = Tables(
                 {
                     name: EmbeddingTable(sizes[name], config.dim, optimizer, seed=seed * 100 + position)
                     for position, name in enumerate(self.row_names + self.item_names)

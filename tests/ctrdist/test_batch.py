@@ -27,9 +27,7 @@ def encoded(small_log, small_read) -> pa.Table:
     files = list_days(str(small_log))
     groups = list_row_groups(str(small_log), files, tuple(files), schema)
     chunks = plan_epoch(groups, 39, 1, None)
-    return pa.concat_tables(
-        t for c in chunks for t in read_chunk(str(small_log), c, schema, vocabularies, catalog)
-    )
+    return pa.concat_tables(t for c in chunks for t in read_chunk(str(small_log), c, schema, vocabularies, catalog))
 
 
 def text_table(catalog: Catalog) -> np.ndarray:

@@ -145,7 +145,12 @@ TYPES = {
 def test_columns_and_types_that_are_right():
     assert set(log_columns(SCHEMA)) == set(TYPES) and len(log_columns(SCHEMA)) == len(TYPES)
     check_types("f", pa.schema(TYPES | {"more": pa.date32()}), SCHEMA)
-    for column, type_ in [("label", pa.bool_()), ("label", pa.float32()), ("hour", pa.int16()), ("user_id", pa.int64())]:
+    for column, type_ in [
+        ("label", pa.bool_()),
+        ("label", pa.float32()),
+        ("hour", pa.int16()),
+        ("user_id", pa.int64()),
+    ]:
         check_types("f", pa.schema(TYPES | {column: type_}), SCHEMA)
 
 

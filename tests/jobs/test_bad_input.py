@@ -17,6 +17,7 @@ from raycluster import cli
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("cela_daily", ROOT / "jobs" / "cela_daily.py")
 JOB = importlib.util.module_from_spec(SPEC)
+sys.modules["cela_daily"] = JOB
 SPEC.loader.exec_module(JOB)
 
 

@@ -3,6 +3,7 @@
 import datetime as dt
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from raycluster.stages import LanguageModelConfig
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("cela_daily", ROOT / "jobs" / "cela_daily.py")
 JOB = importlib.util.module_from_spec(SPEC)
+sys.modules["cela_daily"] = JOB
 SPEC.loader.exec_module(JOB)
 
 FIRST, SECOND = dt.date(2024, 1, 4), dt.date(2024, 1, 5)
