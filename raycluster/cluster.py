@@ -15,7 +15,6 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "1073741824",
     "MALLOC_TOP_PAD_": "67108864",
 }
-QUIET = {"RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,14 @@ def connect() -> None:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Inherited by every process of a local Ray. A runtime_env would do as well, and cost Ray its idle workers.
+        os.environ.update({name: value for name, value in ALLOCATOR.items() if name not in os.environ})
     ray.init(
         address=address or "local",
         include_dashboard=None if address else False,
         log_to_driver=False,
         logging_level="ERROR",
-        runtime_env={"env_vars": ALLOCATOR | QUIET},
         ignore_reinit_error=True,
     )
     context = ray.data.DataContext.get_current()

@@ -52,7 +52,7 @@ class AlignConfig:
     temperature: float = 1.0
     similarity: str = "dot"
     head_hidden: tuple[int, ...] = (128,)
-    max_length: int = 128
+    max_length: int = 64
     chunk: int = 0
 
     def __post_init__(self) -> None:
