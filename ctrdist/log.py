@@ -69,6 +69,14 @@ def list_days(data: str) -> dict[dt.date, list[str]]:
     return {day: sorted(days[day]) for day in sorted(days)}
 
 
+def file_facts(data: str, paths: list[str]) -> list[list[str | int]]:
+    """Path, size and time of change of the given files of the log and of all of `items/`: a change changes a fact."""
+    filesystem_, root = filesystem(data)
+    items = filesystem_.get_file_info(fs.FileSelector(f"{root}/items", allow_not_found=True))
+    listed = [*filesystem_.get_file_info(sorted(set(paths))), *sorted(items, key=lambda info: info.path)]
+    return [[info.path.removeprefix(root), info.size, info.mtime_ns or 0] for info in listed]
+
+
 def choose_window(
     days: list[dt.date], date: dt.date | None, train_days: int, valid_days: int, test_days: int
 ) -> Window:

@@ -15,10 +15,13 @@ from ctrdist.report import console_table
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig, FuseConfig
 from ctrdist.tasks.pretrain import PretrainConfig
-from raycluster import cli, registry, reporting, stages
+from raycluster import cli, registry, reporting
 from raycluster.day import Day, DayOptions, open_day, say
 from raycluster.encoder import EncodeConfig
-from raycluster.stages import LanguageModelConfig
+from raycluster.stages.click import train_click
+from raycluster.stages.evaluate import evaluate
+from raycluster.stages.language import LanguageModelConfig, align, encode, pretrain, pretraining_due
+from raycluster.stages.read import read_log
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,18 @@ def run(options: CelaOptions) -> None:
 
 def cela(day: Day, options: CelaOptions) -> dict:
     """All stages, in order; returns the report."""
-    due = stages.pretraining_due(day, options.lm, options.pretrain)
+    due = pretraining_due(day, options.lm, options.pretrain)
     warm = day.previous is not None and not due
-    read = stages.read_log(day, whole_window=due)
-    id_model = stages.train_click(day, "id", read, options.ctr, start=day.earlier("id"))
-    pretrained = stages.pretrain(day, read, options.lm, options.pretrain)
+    read = read_log(day, whole_window=due)
+    id_model = train_click(day, "id", read, options.ctr, start=day.earlier("id"))
+    pretrained = pretrain(day, read, options.lm, options.pretrain)
 
     # The vectors of a newly pre-trained language model mean something else: MF² then learns the whole window anew.
     aligned, fused = (day.earlier("lm"), day.earlier("cela")) if warm else (pretrained, None)
     days = read.train if warm else day.window.train
     for number in range(1, options.rounds + 1):
         suffix = "" if number == 1 else f"_{number}"
-        aligned = stages.align(
+        aligned = align(
             day,
             f"roma{suffix}",
             read,
@@ -88,12 +91,12 @@ def cela(day: Day, options: CelaOptions) -> dict:
             options.lm.precision,
             warm=warm,
         )
-        text = stages.encode(day, f"encode{suffix}", read, aligned, options.encode)
-        fused = stages.train_click(
+        text = encode(day, f"encode{suffix}", read, aligned, options.encode)
+        fused = train_click(
             day, f"mf2{suffix}", read, options.ctr, text=text, fuse=options.fuse, start=fused, days=days
         )
 
-    result = stages.evaluate(day, read, {"id": (id_model, None), "cela": (fused, text)})
+    result = evaluate(day, read, {"id": (id_model, None), "cela": (fused, text)})
     report = reporting.assemble(day, read, text, result)
     release = registry.write_release(
         day,

@@ -9,7 +9,7 @@ from typing import Any
 from ctrdist.config import to_dict
 from ctrdist.storage import Manifest
 from raycluster.day import Day
-from raycluster.stages import Read
+from raycluster.stages.read import Read
 
 STAGES = ("id", "dap", "roma", "encode", "mf2", "evaluate")
 PACKAGES = ("ray", "torch", "transformers", "pyarrow", "numpy", "mlflow")
@@ -41,7 +41,7 @@ def assemble(day: Day, read: Read, text: Manifest, result: dict[str, Any]) -> di
             **counts,
         },
         "window": window | {"trained": [str(read.train[0]), str(read.train[-1])]},
-        "quarantine": {"folder": read.quarantine, "reasons": read.faults},
+        "quarantine": {"folder": read.quarantine, "reasons": read.faults, "strangers": read.strangers},
         "models": result["models"],
         "gain": result["gain"],
         "groups": result["groups"],

@@ -3,15 +3,18 @@
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ctrdist.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEXT = pa.large_string()
 
@@ -83,7 +86,7 @@ class TokenBatch:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], items: Sequence[int], max_length: int, epoch: int = 0
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], items: Sequence[int], max_length: int, epoch: int = 0
 ) -> TokenBatch:
     """Tokens of texts, with special tokens, cut to `max_length` and to what the model can read, padded to the longest.
 

@@ -23,7 +23,7 @@ from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.pretrain import PretrainConfig
 from ctrdist.vocabulary import load_vocabularies
 from raycluster.encoder import EncodeConfig
-from raycluster.stages import LanguageModelConfig
+from raycluster.stages.language import LanguageModelConfig
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("cela_daily", ROOT / "jobs" / "cela_daily.py")

@@ -228,8 +228,9 @@ def test_no_rows_at_all(name: str):
 def test_seed_and_parameter_groups():
     first, again, other = (model_of("din", TEXT, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(value, again[key]) for key, value in first.items())
-    assert not any(torch.equal(first[f"tables.field_{key}.weight"], other[f"tables.field_{key}.weight"]) for key in SIZES)
-    tables = [first[f"tables.field_{key}.weight"][1:5] for key in SIZES]
+    names = [f"tables.field_{key}.weight" for key in SIZES]
+    assert not any(torch.equal(first[name], other[name]) for name in names)
+    tables = [first[name][1:5] for name in names]
     assert not any(torch.equal(a, b) for i, a in enumerate(tables) for b in tables[:i])
     model = ClickModel(SCHEMA, SIZES, ClickConfig(lr=0.5, weight_decay=0.25, table_lr=0.125, table_decay=0.0625))
     groups = model.parameter_groups()

@@ -1,0 +1,123 @@
+"""Stages that train a click model on the log: the ID model and MF²."""
+
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from ctrdist.batch import Batch, collate, load_text_table
+from ctrdist.config import to_dict
+from ctrdist.export import load_click_model, save_click_model
+from ctrdist.log import plan_epoch
+from ctrdist.loop import LoopConfig
+from ctrdist.storage import Manifest, State, fingerprint
+from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, table_sizes
+from raycluster import ingest
+from raycluster.day import Day
+from raycluster.ingest import LogReader
+from raycluster.stages.read import Days, Read
+from raycluster.trainer import Training, train
+
+
+def train_click(
+    day: Day,
+    stage: str,
+    read: Read,
+    config: ClickConfig,
+    *,
+    text: Manifest | None = None,
+    fuse: FuseConfig | None = None,
+    start: Manifest | None = None,
+    days: Days | None = None,
+) -> Manifest:
+    """Train a click model: the ID model, or with `text` the fused one (MF²).
+
+    Args:
+        text: output with the text table.
+        start: output of a click model whose weights to start from.
+        days: days to train on; those that are new to the state if None.
+    """
+    days = read.train if days is None else days
+    warm = start is not None and days == read.train and day.previous is not None
+    epochs = config.warm_epochs if warm else config.epochs
+    rows, seed = read.total(days), day.options.seed
+    inputs = fingerprint(
+        read.output.identity,
+        to_dict(config),
+        to_dict(fuse) if fuse else None,
+        seed,
+        epochs,
+        [str(d) for d in days],
+        text and text.identity,
+        start and start.identity,
+    )
+    reader = LogReader(day.options.data, day.state.uri, read.output.name)
+    batch = config.batch_size
+    shuffled = day.groups(days)
+    in_order = day.groups(day.window.valid)
+    share = batch // day.plan.workers
+    loop = LoopConfig(
+        steps_per_epoch=-(-rows // batch),
+        epochs=epochs,
+        patience=config.patience,
+        schedule=config.schedule,
+        warmup=config.warmup,
+        seed=seed,
+        precision=config.precision,
+    )
+
+    def make(name: str, inputs: str, metrics_file: str | None) -> Manifest:
+        training = Training(
+            state=day.state.uri,
+            output=name,
+            inputs=inputs,
+            loop=loop,
+            batch_size=batch,
+            task=partial(_click_task, reader, config, fuse, text and text.name, start and start.name, seed),
+            save=save_click_model,
+            collate=partial(encoded_batch, reader, text and text.name),
+            train_stream=partial(_train_stream, reader, shuffled, rows, batch, share, seed, epochs),
+            valid_stream=partial(_valid_stream, reader, in_order, max(share, 1024)),
+            facts={"rows": rows, "epochs": epochs},
+            metrics=metrics_file,
+        )
+        return train(training, day.plan)
+
+    return day.stage(stage, inputs, make)
+
+
+def _click_task(
+    reader: LogReader, config: ClickConfig, fuse: FuseConfig | None, text: str | None, start: str | None, seed: int
+) -> ClickModel:
+    schema, vocabularies, _ = reader.open()
+    sizes = table_sizes(vocabularies, schema)
+    state = State(reader.state)
+    if start:
+        model = load_click_model(state.local(start), schema, config)
+        model.grow(sizes)
+        return model
+    width = load_text_table(state.local(text)).shape[1] if text else 0
+    return ClickModel(schema, sizes, config, width, fuse, seed)
+
+
+@lru_cache(maxsize=2)
+def _text_table(state: str, text: str) -> np.ndarray:
+    return load_text_table(State(state).local(text))
+
+
+def encoded_batch(reader: LogReader, text: str | None, table: Any) -> Batch:
+    """Encoded rows of the log as a batch, with the item side and the text table of output `text` joined."""
+    schema, _, catalog = reader.open()
+    return collate(table, schema, catalog, _text_table(reader.state, text) if text else None)
+
+
+def _train_stream(
+    reader: LogReader, groups: list, rows: int, batch: int, share: int, seed: int, epochs: int, first: int
+):
+    """The rows of the epochs from `first` on, in blocks of one worker's share of a global batch."""
+    chunks = [chunk for epoch in range(first, epochs) for chunk in plan_epoch(groups, rows, batch, (seed, epoch))]
+    return ingest.stream(reader, chunks, share)
+
+
+def _valid_stream(reader: LogReader, groups: list, block_rows: int):
+    return ingest.stream(reader, plan_epoch(groups, 0, 1, None), block_rows)

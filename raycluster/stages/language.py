@@ -1,0 +1,265 @@
+"""Stages of the language model: domain-adaptive pre-training, item alignment, encoding."""
+
+import datetime as dt
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ctrdist.batch import Lookup
+from ctrdist.config import to_dict
+from ctrdist.export import load_click_model
+from ctrdist.items import ItemTexts, Ragged, item_batches
+from ctrdist.language.encoder import HEAD, TextEncoder
+from ctrdist.language.model import LanguageModel, load_tokenizer
+from ctrdist.language.texts import TokenBatch, tokenize
+from ctrdist.loop import LoopConfig
+from ctrdist.optim import Precision
+from ctrdist.storage import Manifest, State, fingerprint
+from ctrdist.tasks.align import AlignConfig, ItemAlignment
+from ctrdist.tasks.pretrain import DomainAdaptivePretraining, PretrainConfig
+from raycluster.day import Day, Progress, say
+from raycluster.encoder import EncodeConfig, encode_items
+from raycluster.ingest import LogReader
+from raycluster.stages.read import Read
+from raycluster.trainer import Training, train
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """The language model to start from.
+
+    Args:
+        name: a Hugging Face name or a local folder.
+        pooling: `mean`, `cls` or `last`; `auto` takes the model's own, else `cls` for encoders and `last` for decoders.
+        precision: `auto` trains in bfloat16 where the chip computes in it.
+    """
+
+    name: str = "sentence-transformers/all-MiniLM-L6-v2"
+    pooling: str = "auto"
+    precision: Precision = "auto"
+
+
+def pretraining_due(day: Day, lm: LanguageModelConfig, config: PretrainConfig) -> bool:
+    """Whether DAP is due: there is none yet of this language model, or the last one is `every_days` old."""
+    last = day.earlier("dap")
+    if last is None or last.facts["lm"] != to_dict(lm):
+        return True
+    age = day.date - dt.date.fromisoformat(last.facts["date"])
+    return bool(config.every_days) and age.days >= config.every_days
+
+
+def pretrain(day: Day, read: Read, lm: LanguageModelConfig, config: PretrainConfig) -> Manifest:
+    """DAP: masked words and SimCSE over all items' texts, when it is due; else the last one's language model."""
+    if not pretraining_due(day, lm, config):
+        manifest = day.earlier("dap")
+        say(f"dap        not due: last on {manifest.facts['date']}, every {config.every_days} days")
+        day.stages["dap"] = manifest
+        day.skipped.add("dap")
+        return manifest
+    items = _items_with_text(day, read)
+    inputs = fingerprint(read.output.identity, to_dict(lm), to_dict(config), day.options.seed)
+
+    def make(name: str, inputs: str, metrics_file: str | None) -> Manifest:
+        training = _text_training(
+            day,
+            name,
+            inputs,
+            items,
+            config.batch_size,
+            config.epochs,
+            config.warmup,
+            lm.precision,
+            metrics_file,
+            task=partial(_pretrain_task, lm, config, day.options.seed),
+            save=_save_language_model,
+            batches=partial(
+                _text_batches,
+                day.state.uri,
+                read.output.name,
+                lm.name,
+                False,
+                items,
+                config.batch_size,
+                config.max_length,
+                day.options.seed,
+                config.epochs,
+            ),
+            facts={"rows": len(items) * config.epochs, "date": str(day.date), "lm": to_dict(lm)},
+        )
+        return train(training, day.plan)
+
+    return day.stage("dap", inputs, make)
+
+
+def align(
+    day: Day,
+    stage: str,
+    read: Read,
+    lm: Manifest,
+    model: Manifest,
+    config: AlignConfig,
+    precision: Precision,
+    warm: bool = False,
+) -> Manifest:
+    """ROMA: the language model towards a click model's frozen item embeddings, over items with training rows.
+
+    Args:
+        lm: output with the language model to start from, and its head if there is one.
+        model: output of the click model to align to.
+        warm: take `warm_epochs` passes instead of `epochs`.
+    """
+    items = np.flatnonzero(read.counts)
+    epochs = config.warm_epochs if warm else config.epochs
+    inputs = fingerprint(
+        read.output.identity, lm.identity, model.identity, to_dict(config), precision, epochs, day.options.seed
+    )
+
+    def make(name: str, inputs: str, metrics_file: str | None) -> Manifest:
+        training = _text_training(
+            day,
+            name,
+            inputs,
+            items,
+            config.batch_size,
+            epochs,
+            config.warmup,
+            precision,
+            metrics_file,
+            task=partial(_align_task, day.state.uri, read.output.name, lm.name, model.name, config, day.options.seed),
+            save=_save_encoder,
+            batches=partial(
+                _text_batches,
+                day.state.uri,
+                read.output.name,
+                lm.name,
+                True,
+                items,
+                config.batch_size,
+                config.max_length,
+                day.options.seed,
+                epochs,
+            ),
+            facts={"rows": len(items) * epochs, "items": len(items)},
+        )
+        return train(training, day.plan)
+
+    return day.stage(stage, inputs, make)
+
+
+def _text_training(
+    day: Day,
+    name: str,
+    inputs: str,
+    items: np.ndarray,
+    batch: int,
+    epochs: int,
+    warmup: float,
+    precision: Precision,
+    metrics_file: str | None,
+    **parts: Any,
+) -> Training:
+    loop = LoopConfig(
+        steps_per_epoch=-(-len(items) // batch),
+        epochs=epochs,
+        schedule="linear",
+        warmup=warmup,
+        clip_norm=1.0,
+        precision=precision,
+        seed=day.options.seed,
+    )
+    return Training(
+        state=day.state.uri, output=name, inputs=inputs, loop=loop, batch_size=batch, metrics=metrics_file, **parts
+    )
+
+
+def _items_with_text(day: Day, read: Read) -> np.ndarray:
+    folder = day.state.local(read.output.name)
+    items = np.flatnonzero(np.load(folder / "catalog" / "present.npy"))
+    return items[ItemTexts(folder / "texts.arrow").lengths(items) > 0]
+
+
+def _text_batches(
+    state: str,
+    read: str,
+    lm: str,
+    is_output: bool,
+    items: np.ndarray,
+    batch: int,
+    max_length: int,
+    seed: int,
+    epochs: int,
+    rank: int,
+    workers: int,
+    step: int,
+) -> Iterator[TokenBatch]:
+    """A worker's share of each global batch of items from `step` on, tokenised."""
+    store = State(state)
+    texts = ItemTexts(store.local(read) / "texts.arrow")
+    tokenizer = load_tokenizer(str(store.local(lm)) if is_output else lm)
+    steps = -(-len(items) // batch)
+    share = batch // workers
+    for epoch in range(step // steps, epochs):
+        for number, rows in enumerate(item_batches(items, batch, seed, epoch)):
+            if epoch * steps + number >= step:
+                own = rows[rank * share : (rank + 1) * share]
+                yield tokenize(tokenizer, texts.take(own), own, max_length, epoch)
+
+
+def _pretrain_task(lm: LanguageModelConfig, config: PretrainConfig, seed: int) -> DomainAdaptivePretraining:
+    torch.manual_seed(seed)
+    return DomainAdaptivePretraining(LanguageModel.load(lm.name, lm.pooling, masked_lm=True), config, seed)
+
+
+def _align_task(state: str, read: str, lm: str, model: str, config: AlignConfig, seed: int) -> ItemAlignment:
+    store = State(state)
+    torch.manual_seed(seed)
+    targets = item_embeddings(store, read, model)
+    folder = store.local(lm)
+    if (folder / HEAD).exists():
+        encoder = TextEncoder.load(folder)
+        if encoder.out == targets.shape[1]:
+            return ItemAlignment(encoder, targets, config)
+    return ItemAlignment(
+        TextEncoder(LanguageModel.load(str(folder)), targets.shape[1], config.head_hidden), targets, config
+    )
+
+
+def item_embeddings(state: State, read: str, model: str, block: int = 65536) -> torch.Tensor:
+    """A click model's item-side embeddings, joined, by catalog row: float32 [rows, F_item * d] (CELA, eq. 8)."""
+    reader = LogReader("", state.uri, read)
+    schema, _, catalog = reader.open()
+    click = load_click_model(state.local(model), schema)
+    out = torch.zeros(catalog.size, len(schema.item) * click.config.dim)
+    for start in range(0, catalog.size, block):
+        rows = np.arange(start, min(start + block, catalog.size))
+        fields = {}
+        for f in schema.item:
+            column = catalog.fields[f.name]
+            values = column.take(rows) if isinstance(column, Ragged) else np.asarray(column[rows])
+            fields[f.name] = Lookup.of(values)
+        out[start : start + len(rows)] = click.item_embeddings(fields)
+    return out
+
+
+def _save_language_model(task: DomainAdaptivePretraining, folder: Path) -> None:
+    task.language_model.save(folder)
+
+
+def _save_encoder(task: ItemAlignment, folder: Path) -> None:
+    task.encoder.save(folder)
+
+
+def encode(day: Day, stage: str, read: Read, lm: Manifest, config: EncodeConfig) -> Manifest:
+    """Every item's text through a language model into the text table: its pooled states, at its width."""
+    inputs = fingerprint(read.output.identity, lm.identity, to_dict(config))
+
+    def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
+        report = Progress(stage).items
+        return encode_items(day.state, name, lm.name, read.output.name, config, day.plan, inputs, report)
+
+    return day.stage(stage, inputs, make)

@@ -1,0 +1,149 @@
+"""The first stage: check every row, grow the vocabularies, number the items."""
+
+import datetime as dt
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ctrdist.errors import UserError
+from ctrdist.items import ItemTexts, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
+from ctrdist.log import file_facts
+from ctrdist.scan import Scan, item_counts
+from ctrdist.storage import Manifest, fingerprint
+from ctrdist.vocabulary import Vocabulary, load_vocabularies, save_vocabularies
+from raycluster import ingest
+from raycluster.day import Day, say
+from raycluster.ingest import LogReader
+
+Days = tuple[dt.date, ...]
+
+
+@dataclass
+class Read:
+    """What the first pass over the day's log gave.
+
+    Args:
+        output: the output with schema, vocabularies, catalog and texts.
+        train: days that are trained on now: those of the window that no earlier day has trained on.
+        counts: training rows of each item in the whole window, by catalog row.
+        rows: good rows by day.
+        faults: bad rows by reason.
+        strangers: behaviours in histories of items that are not in `items/`.
+        quarantine: folder of the bad rows, if any.
+    """
+
+    output: Manifest
+    train: Days
+    counts: np.ndarray
+    rows: dict[str, int]
+    faults: dict[str, int]
+    strangers: int
+    quarantine: str | None
+
+    def total(self, days: Days) -> int:
+        """Good rows of some days."""
+        return sum(self.rows[str(day)] for day in days)
+
+
+def read_log(day: Day, whole_window: bool = False) -> Read:
+    """Check every row of the days that are used, grow the vocabularies, and number the items.
+
+    Args:
+        whole_window: read all days of the window; otherwise those that are new to the state, and the later ones.
+
+    Raises:
+        UserError: more bad rows than `max_bad_fraction`.
+    """
+    before = day.previous
+    train = day.window.train if whole_window else day.new_days
+    groups = day.groups(train + day.window.valid + day.window.test)
+    files = file_facts(day.options.data, [g.path for g in groups])
+    inputs = fingerprint(day.schema.fingerprint, files, before and before.identity, day.window)
+
+    def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
+        return _read(day, name, inputs, groups, before)
+
+    output = day.stage("read", inputs, make)
+    facts = output.facts
+    folder = day.state.local(output.name)
+    counts = np.load(folder / "item_counts.npy")
+    return Read(
+        output, day.new_days, counts, facts["rows_by_day"], facts["faults"], facts["strangers"], facts["quarantine"]
+    )
+
+
+def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | None) -> Manifest:
+    schema, state, data = day.schema, day.state, day.options.data
+    items = read_items(data, schema)
+    old = state.local(before.facts["read"]) if before else None
+    vocabularies = load_vocabularies(old / "vocabulary") if old else {}
+    ids = grow_catalog_ids(items, Vocabulary.load(old / "catalog" / "ids") if old else Vocabulary())
+    blank = {f.name: vocabularies.get(f.name, Vocabulary()) for f in schema.item + schema.row_fields}
+    first = f"{name}.catalog"
+    with state.create(first, inputs) as folder:
+        schema.save(folder / "schema.yaml")
+        save_vocabularies(blank, folder / "vocabulary")
+        build_catalog(items, ids, schema, blank).save(folder / "catalog")
+    reader = LogReader(data, state.uri, first)
+    with state.create(f"runs/{day.date}/quarantine", inputs) as quarantine:
+        scan = ingest.scan(reader, groups, set(day.new_days), quarantine)
+    rows = sum(scan.rows.values())
+    where = None
+    if scan.quarantined:
+        where = state.path(state.find(f"runs/{day.date}/quarantine").folder)
+        _judge(scan, rows, day.options.max_bad_fraction, where)
+    counts_by_day = _window_counts(day, old, scan)
+    counts = item_counts(counts_by_day, day.window.train, ids.size)
+    fresh = item_counts(scan.items, day.new_days, ids.size)
+    for f in schema.row_fields:
+        vocabularies[f.name] = blank[f.name].grow(*scan.ids[f.name], f.min_count, f.name)
+    vocabularies = grow_item_vocabularies(items, ids.lookup(items["item_id"]), fresh, schema, vocabularies)
+    facts = {
+        "rows": rows,
+        "rows_by_day": {str(d): n for d, n in sorted(scan.rows.items())},
+        "faults": scan.faults,
+        "strangers": scan.strangers,
+        "quarantine": where,
+        "items": items.num_rows,
+    }
+    with state.create(name, inputs, facts) as folder:
+        schema.save(folder / "schema.yaml")
+        save_vocabularies(vocabularies, folder / "vocabulary")
+        build_catalog(items, ids, schema, vocabularies).save(folder / "catalog")
+        ItemTexts.write(folder / "texts.arrow", items, ids, schema)
+        np.save(folder / "item_counts.npy", counts)
+        np.savez(
+            folder / "item_counts_by_day.npz",
+            **{
+                f"{d}.{part}": a
+                for d, pair in counts_by_day.items()
+                for part, a in zip(("items", "rows"), pair, strict=True)
+            },
+        )
+    state.remove(first)
+    return state.find(name)
+
+
+def _judge(scan: Scan, rows: int, limit: float, where: str) -> None:
+    share = scan.quarantined / (rows + scan.quarantined)
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(scan.faults.items(), key=lambda pair: -pair[1]))
+    if share > limit:
+        raise UserError(
+            f"{scan.quarantined:,} of {rows + scan.quarantined:,} rows ({share:.1%}) are bad: {reasons}. They "
+            f"lie in {where} with file, row and reason; mend the log, or allow more with --max-bad-fraction"
+        )
+    say(f"read       {scan.quarantined:,} bad rows set aside ({reasons}) in {where}")
+
+
+def _window_counts(day: Day, old: Path | None, scan: Scan) -> dict:
+    """Rows of each item by day of the window: from the day before, and from this run's pass."""
+    window = {str(d): d for d in day.window.train}
+    counts = {}
+    if old:
+        with np.load(old / "item_counts_by_day.npz") as saved:
+            for key in saved.files:
+                d, part = key.rsplit(".", 1)
+                if part == "items" and d in window:
+                    counts[window[d]] = (saved[key], saved[f"{d}.rows"])
+    return counts | {d: pair for d, pair in scan.items.items() if d in set(day.window.train)}
