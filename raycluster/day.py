@@ -221,11 +221,11 @@ class Progress:
             return
         if self.first_step is None:
             self.first_step, self.began = record["step"], now
-        if now - self.printed < self.every or "loss" not in record:
+        done = record["step"] - self.first_step
+        if not done or now - self.printed < self.every:
             return
         self.printed = now
-        done = record["step"] - self.first_step
-        left = (record["steps"] - record["step"]) * (now - self.began) / done if done else 0
+        left = (record["steps"] - record["step"]) * (now - self.began) / done
         say(
             f"{self.stage:10} step {record['step']:,.0f} of {record['steps']:,.0f}, loss {record['loss']:.4f}, "
             f"{record['rows_per_second']:,.0f} rows/s, at most {left:.0f} s left"
