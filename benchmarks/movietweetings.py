@@ -1,14 +1,14 @@
 """CELA on MovieTweetings: the daily job over several seeds, beside a logistic regression on the job's own rows.
 
-The regression sees what the job sees: the same training days, the same test rows, ids and texts. Each seed is a whole
-run of `jobs/cela_daily.py` with its defaults.
+The regression sees what the job sees: the same training days, the same test rows, ids and texts. The first seed is a
+whole run of `jobs/cela_daily.py` with its defaults. The others start from the first one's pre-trained language model
+(DAP is half the time) and do all the rest, alignment included, on their own.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from sklearn.preprocessing import OneHotEncoder
 from ctrdist.language.texts import join_texts
 from ctrdist.metrics import auc, log_loss
 from ctrdist.schema import Schema
+from ctrdist.storage import State
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,14 +57,15 @@ class Options:
     arguments: str = ""
 
 
-def run_job(options: Options, data: Path, state: Path, seed: int) -> dict:
-    """One run of the daily job; its report, with the seconds it took."""
+def run_job(options: Options, data: Path, state: Path, seed: int, pretrained: Path | None = None) -> dict:
+    """One run of the daily job, without DAP if there is a pre-trained language model; its report."""
     command = [sys.executable, str(ROOT / "jobs" / "cela_daily.py"), "--data", str(data), "--state", str(state)]
     command += ["--date", options.date, "--train-days", str(options.train_days), "--test-days", str(options.test_days)]
-    began = time.monotonic()
-    subprocess.run([*command, "--seed", str(seed), *options.arguments.split()], check=True, cwd=data.parent)
-    report = json.loads((state / "releases" / options.date / "report.json").read_text())
-    return report | {"wall_seconds": time.monotonic() - began}
+    command += ["--seed", str(seed), *options.arguments.split()]
+    if pretrained:
+        command += ["--lm.name", str(pretrained), "--pretrain.epochs", "0"]
+    subprocess.run(command, check=True, cwd=data.parent)
+    return json.loads((state / "releases" / options.date / "report.json").read_text())
 
 
 def regression(data: Path, report: dict, texts: bool) -> dict:
@@ -107,7 +109,11 @@ def main(options: Options) -> None:
         if not (data / "schema.yaml").exists():
             prepare = [sys.executable, str(ROOT / "jobs" / "prepare.py"), "movietweetings", "--source"]
             subprocess.run([*prepare, str(options.source), "--item-text", str(texts), "--out", str(data)], check=True)
-        reports = [run_job(options, data, folder / f"state-{seed}", seed) for seed in options.seeds]
+        states = [folder / f"state-{seed}" for seed in options.seeds]
+        reports = [run_job(options, data, states[0], options.seeds[0])]
+        pretrained = State(states[0]).local(f"runs/{options.date}/dap")
+        for seed, state in list(zip(options.seeds, states, strict=True))[1:]:
+            reports.append(run_job(options, data, state, seed, pretrained))
         plain, with_text = (regression(data, reports[0], texts) for texts in (False, True))
     rows = []
     for seed, report in zip(options.seeds, reports, strict=True):

@@ -47,7 +47,7 @@ def load_click_model(folder: Path, schema: Schema, config: ClickConfig | None = 
     saved = from_dict(ClickConfig(), description["config"], str(folder / DESCRIPTION))
     if config is not None:
         for name in ("backbone", "dim", "networks"):
-            if getattr(config, name) != getattr(saved, name):
+            if to_dict(getattr(config, name)) != to_dict(getattr(saved, name)):
                 raise UserError(
                     f"--ctr.{name}: the model in {folder} has {to_dict(getattr(saved, name))!r}, not "
                     f"{to_dict(getattr(config, name))!r}; use the same, --from-scratch, or another --state"

@@ -22,6 +22,7 @@ BackboneConfigs = make_dataclass(
     ],
     frozen=True,
 )
+BackboneConfigs.__module__ = __name__  # so that it pickles by name, and is one class in every process
 BackboneConfigs.__doc__ = "Hyper-parameters of every backbone; those of the one that is chosen are used."
 
 

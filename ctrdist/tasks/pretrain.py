@@ -23,7 +23,7 @@ class PretrainConfig:
     """Options of domain-adaptive pre-training.
 
     Args:
-        epochs: passes over the items.
+        epochs: passes over the items; 0 takes the language model as it is.
         batch_size: items a step, over all workers.
         lr: learning rate of AdamW.
         weight_decay: of matrices; biases and LayerNorm have none.

@@ -203,3 +203,10 @@ def test_the_registry():
     assert [field.name for field in fields(BackboneConfigs)] == list(NAMES)
     with pytest.raises(UserError, match="--ctr.backbone dinn: no such backbone; did you mean 'din'"):
         backbones.build("dinn", Shape(F, FH, D))
+
+
+def test_configurations_pickle_by_name():
+    import pickle
+
+    config = backbones.BackboneConfigs()
+    assert pickle.loads(pickle.dumps(config)) == config
