@@ -34,7 +34,9 @@ class Options:
 def run(name: str) -> str:
     """Run one benchmark to its end; returns its section of the results."""
     command = [sys.executable, str(HERE / f"{name}.py")]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"COLUMNS": "100"})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "100"})
+    if done.returncode:
+        raise SystemExit(f"{name} failed; its section of {RESULTS} stays as it was")
     *lines, last = done.stdout.rstrip().splitlines()
     assert json.loads(last)["benchmark"] == name
     # A job's own console comes before the benchmark's table, which starts with its title above a box.

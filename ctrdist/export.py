@@ -41,19 +41,31 @@ def save_click_model(model: ClickModel, folder: Path, optimizer_state: bool = Tr
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
-def load_click_model(folder: Path, schema: Schema, config: ClickConfig | None = None) -> ClickModel:
-    """A click model as `save_click_model` wrote it; `config` replaces how it is trained on, not what it is."""
+def load_click_model(
+    folder: Path, schema: Schema, config: ClickConfig | None = None, fuse: FuseConfig | None = None, seed: int = 0
+) -> ClickModel:
+    """A click model as `save_click_model` wrote it, to score with or to train on.
+
+    Args:
+        config: replaces how it is trained on; what it is must agree.
+        fuse: must agree, if given.
+        seed: decides the rows that it grows by.
+
+    Raises:
+        UserError: `config` or `fuse` describes another model.
+    """
     description = json.loads((folder / DESCRIPTION).read_text())
     saved = from_dict(ClickConfig(), description["config"], str(folder / DESCRIPTION))
-    if config is not None:
-        for name in ("backbone", "dim", "networks"):
-            if to_dict(getattr(config, name)) != to_dict(getattr(saved, name)):
-                raise UserError(
-                    f"--ctr.{name}: the model in {folder} has {to_dict(getattr(saved, name))!r}, not "
-                    f"{to_dict(getattr(config, name))!r}; use the same, --from-scratch, or another --state"
-                )
-    fuse = description["fuse"] and from_dict(FuseConfig(), description["fuse"], str(folder / DESCRIPTION))
-    model = ClickModel(schema, description["sizes"], config or saved, description["text_dim"], fuse)
+    saved_fuse = description["fuse"] and from_dict(FuseConfig(), description["fuse"], str(folder / DESCRIPTION))
+    wanted = [(f"--ctr.{name}", saved, config, name) for name in ("backbone", "dim", "networks")]
+    for option, mine, other, name in [*wanted, ("--fuse.hidden", saved_fuse, fuse, "hidden")]:
+        if mine and other and to_dict(getattr(mine, name)) != to_dict(getattr(other, name)):
+            raise UserError(
+                f"{option}: the model in {folder} has {to_dict(getattr(mine, name))!r}, not "
+                f"{to_dict(getattr(other, name))!r}; use the same, --from-scratch, or another --state"
+            )
+    fuse = fuse or saved_fuse
+    model = ClickModel(schema, description["sizes"], config or saved, description["text_dim"], fuse, seed)
     missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
     assert not unexpected and set(missing) <= _optimizer_state(model), (folder, missing, unexpected)
     return model.eval()
@@ -110,5 +122,7 @@ class Release:
         return names + ([HISTORY] if self.schema.history_length else [])
 
     def predict_frame(self, frame: pd.DataFrame) -> np.ndarray:
-        """`predict` for a DataFrame."""
+        """`predict` for a DataFrame. Whole floats count as integers: pandas makes them of integers beside a null."""
+        floats = [name for name in self.columns if name in frame and pd.api.types.is_float_dtype(frame[name])]
+        frame = frame.astype({name: "Int64" for name in floats})
         return self.predict(pa.Table.from_pandas(frame, preserve_index=False))

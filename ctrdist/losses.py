@@ -73,7 +73,8 @@ def in_batch_logits(
         raise UserError(f"similarity: unknown '{similarity}'; known: {', '.join(SIMILARITIES)}")
     first = sum(group.sizes(query)[: group.rank])
     positive = torch.arange(first, first + query.shape[0], device=query.device)
-    return query @ group.all_gather(key).T / temperature, positive
+    with torch.autocast(query.device.type, enabled=False):  # which would round the similarities to half precision
+        return query @ group.all_gather(key).T / temperature, positive
 
 
 def info_nce(query: Tensor, key: Tensor, temperature: float, group: Group = ALONE, similarity: str = "dot") -> Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import fs
 
 from ctrdist.errors import UserError
@@ -24,7 +25,10 @@ from ctrdist.errors import UserError
 def filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
     """The filesystem of a local path or a URI (`s3://...`, `gs://...`, `hdfs://...`), and the path within it."""
     if "://" in str(uri):
-        return fs.FileSystem.from_uri(str(uri))
+        try:
+            return fs.FileSystem.from_uri(str(uri))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"{uri}: cannot be opened: {str(error).splitlines()[0]}") from None
     return fs.LocalFileSystem(), os.path.abspath(uri)
 
 

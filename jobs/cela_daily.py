@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from ctrdist import backbones
 from ctrdist.errors import UserError
-from ctrdist.language import source
+from ctrdist.language.model import check_model
 from ctrdist.report import console_table
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig, FuseConfig
@@ -51,14 +51,20 @@ class CelaOptions(DayOptions):
         if self.rounds < 1:
             raise UserError(f"--rounds {self.rounds}: at least 1")
         backbones.check(self.ctr.backbone)
-        source.fetch(self.lm.name)
+        check_model(self.lm.name, masked_lm=self.pretrain.epochs > 0)
+
+    def batch_sizes(self) -> dict[str, int]:
+        """Rows of a global batch, by option."""
+        sizes = {"ctr": self.ctr.batch_size, "pretrain": self.pretrain.batch_size, "align": self.align.batch_size}
+        return {f"--{name}.batch-size": size for name, size in sizes.items()}
 
 
 def run(options: CelaOptions) -> None:
     """The paper's day, from the log to the release."""
     options.check()
     day = open_day(options)
-    if done := day.state.find(day.release):
+    done = day.state.find(day.release)
+    if done and "registered" in done.facts:
         say(f"{day.date} is complete: {day.state.path(day.release)}. Nothing to do")
         if done.facts["options"] != options.result():
             say("its options were others than these; to try these, give another --state")
@@ -115,7 +121,9 @@ def cela(day: Day, options: CelaOptions) -> dict:
         },
     )
     reporting.log(day, report, release)
-    say(f"registered as {registry.register(day, release)}")
+    version = registry.register(day, release)
+    day.state.annotate(day.release, {"registered": version})
+    say(f"registered as {version}")
     return report
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import tyro
 
 from ctrdist.config import load_yaml
-from ctrdist.errors import UserError
+from raycluster.cluster import user_error
 
 T = TypeVar("T")
 
@@ -40,6 +40,9 @@ def main(job: Callable[[], None]) -> None:
     """Run a job; a UserError is printed without a stack trace and becomes exit status 1."""
     try:
         job()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        wrong = user_error(error)
+        if wrong is None:
+            raise
+        print(f"error: {wrong}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

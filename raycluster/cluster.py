@@ -22,28 +22,29 @@ class Plan:
     """Who does what on this cluster.
 
     Args:
-        workers: processes that train one model together, one a GPU where there are GPUs.
-        gpus: GPUs of each, 0 or 1; an encoder has as many.
+        workers: processes that train one model together, one a GPU where there are GPUs; as many encode or score.
+        gpus: GPUs of each, 0 or 1.
         worker_cpus: CPUs that each of them reserves; what is left is Ray Data's.
         threads: threads that each of them computes with.
-        encoders: actors that encode items.
     """
 
     workers: int
     gpus: int
     worker_cpus: float
     threads: int
-    encoders: int
 
 
 def connect() -> None:
     """Connect to the cluster that `RAY_ADDRESS` names (a submitted job has it), else start a local Ray."""
     import ray
 
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("http"):  # for `ray job submit`; no cluster to connect to
+        address = ""
     if not address:
         # Inherited by every process of a local Ray. A runtime_env would do as well, and cost Ray its idle workers.
         os.environ.update({name: value for name, value in ALLOCATOR.items() if name not in os.environ})
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     ray.init(
         address=address or "local",
         include_dashboard=None if address else False,
@@ -57,30 +58,47 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def make_plan(workers: int = 0) -> Plan:
-    """A plan for the cluster's resources now: `workers` to train with, or as many as there is room for.
+def make_plan(workers: int = 0, batch_sizes: dict[str, int] | None = None) -> Plan:
+    """A plan for the cluster's resources now.
 
     Training workers reserve a small share of a CPU where CPUs are few, since Ray Data, which feeds them, waits for ever
     if it gets none.
 
+    Args:
+        workers: how many train together; 0 takes as many as there is room for and as divide every batch.
+        batch_sizes: rows of each global batch, by the option that sets it.
+
     Raises:
-        UserError: the cluster has no CPU, or fewer CPUs or GPUs than `workers`.
+        UserError: the cluster has fewer than two CPUs, fewer CPUs or GPUs than `workers`, or a batch does not divide.
     """
     import ray
 
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    if cpus < 1:
-        raise UserError("the cluster has no CPU for Ray to use; start it with --num-cpus of 1 or more")
-    if gpus:
-        room, kind = gpus, "GPUs"
-    else:
-        room, kind = cpus, "CPUs"
-    if workers > room:
-        raise UserError(f"--workers {workers}: the cluster has {room} {kind}; at most one worker each")
-    workers = workers or (gpus if gpus else max(min(cpus, 2), cpus // 4))
+    if cpus < 2:
+        raise UserError(f"the cluster has {cpus} CPUs for Ray to use; start it with --num-cpus of 2 or more")
+    room, kind = (gpus, "GPUs") if gpus else (cpus, "CPUs")
+    if not 0 <= workers <= room:
+        raise UserError(f"--workers {workers}: the cluster has {room} {kind}; 0 to {room} workers")
+    sizes = batch_sizes or {}
+    for option, size in sizes.items():
+        if size < 1 or (workers and size % workers):
+            raise UserError(f"{option} {size}: does not divide among {workers or 1} workers; choose a multiple")
+    if not workers:
+        most = gpus or max(2, cpus // 4)
+        workers = max(n for n in range(1, most + 1) if all(size % n == 0 for size in sizes.values()))
     share = 1.0 if cpus >= 4 * workers else 0.25
-    return Plan(workers, 1 if gpus else 0, share, max(1, cpus // workers), workers)
+    return Plan(workers, 1 if gpus else 0, share, max(1, cpus // workers))
+
+
+def user_error(error: BaseException) -> UserError | None:
+    """The UserError that an error of Ray Train, Ray Data, a task or an actor stands for, if there is one within."""
+    if type(error) is UserError:
+        return error
+    failures = getattr(error, "worker_failures", {})
+    inner = [getattr(error, "cause", None), error.__cause__, *failures.values()]
+    inner += [getattr(e, "_base_exc", None) for e in failures.values()]
+    return next((found for e in inner if isinstance(e, BaseException) and (found := user_error(e))), None)
 
 
 def in_submitted_job() -> bool:

@@ -1,7 +1,6 @@
 """A day of a pipeline: its window of the log, its place in the state, and its stages, each done once."""
 
 import datetime as dt
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from ctrdist.log import RowGroup, Window, choose_window, list_days, list_row_gro
 from ctrdist.schema import Schema
 from ctrdist.storage import Manifest, State, fingerprint
 from raycluster import cluster
-from raycluster.tracking import MetricsTail, Tracker
+from raycluster.tracking import MetricsTail, Tracker, masked
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,17 @@ class DayOptions:
     experiment: str = "cela"
     config: str | None = None
 
+    def batch_sizes(self) -> dict[str, int]:
+        """Rows of a global batch, by option: what the number of workers must divide."""
+        return {}
+
+    def shown(self) -> dict:
+        """All options, as they may be seen: without a password in `tracking_uri`."""
+        return to_dict(replace(self, tracking_uri=self.tracking_uri and masked(self.tracking_uri)))
+
     def result(self) -> dict:
         """The options that change the result."""
-        outside = ("data", "state", "workers", "tracking_uri", "experiment", "config", "max_bad_fraction")
+        outside = ("data", "state", "date", "workers", "tracking_uri", "experiment", "config", "max_bad_fraction")
         return {name: value for name, value in to_dict(self).items() if name not in outside}
 
 
@@ -82,9 +89,9 @@ class Day:
 
     @property
     def new_days(self) -> tuple[dt.date, ...]:
-        """Days of the training window that no earlier day of the state has trained on; all of them if there is none."""
+        """Days of the training window that no earlier day of the state has trained on."""
         trained = self.previous.facts["trained_days"] if self.previous else []
-        return tuple(day for day in self.window.train if str(day) not in trained) or self.window.train
+        return tuple(day for day in self.window.train if str(day) not in trained)
 
     @property
     def trained_days(self) -> list[str]:
@@ -121,10 +128,10 @@ class Day:
                 self.schema.save(folder / "schema.yaml")
         self.tracker = Tracker.open(self.options.tracking_uri, self.state.uri, self.options.experiment)
         cluster.connect()
-        self.plan = cluster.make_plan(self.options.workers)
+        self.plan = cluster.make_plan(self.options.workers, self.options.batch_sizes())
         labels = {"date": str(self.date), "options": fingerprint(self.options.result())}
         try:
-            with self.tracker.run(str(self.date), params=to_dict(self.options), tags=labels) as self.run_id:
+            with self.tracker.run(str(self.date), params=self.options.shown(), tags=labels) as self.run_id:
                 yield
         finally:
             self.memory.close()
@@ -149,16 +156,27 @@ class Day:
         say(f"{stage:10} ...")
         began = time.monotonic()
         labels = {"stage": stage, "inputs": inputs}
-        with tempfile.TemporaryDirectory() as folder, self.tracker.run(stage, self.run_id, tags=labels) as run_id:
-            metrics = Path(folder) / "metrics.jsonl"
-            with MetricsTail(self.tracker, run_id, metrics, on_record=Progress(stage)):
-                make(self.name(stage), inputs, str(metrics) if self.state.is_local else None)
+        metrics = Path(self.state.uri) / f"{self.name(stage)}.metrics.jsonl" if self.state.is_local else None
+        with self.tracker.run(stage, self.run_id, tags=labels) as run_id:
+            if metrics:
+                metrics.parent.mkdir(parents=True, exist_ok=True)
+                metrics.unlink(missing_ok=True)
+                with MetricsTail(self.tracker, run_id, metrics, on_record=Progress(stage)):
+                    make(self.name(stage), inputs, str(metrics))
+                metrics.unlink(missing_ok=True)
+            else:
+                make(self.name(stage), inputs, None)
             seconds = time.monotonic() - began
             manifest = self.state.annotate(self.name(stage), {"seconds": seconds})
-            numbers = {k: v for k, v in manifest.facts.items() if isinstance(v, int | float)}
-            self.tracker.log_metrics(run_id, numbers)
+            self._log_stage(run_id, manifest, losses=metrics is None)
         say(f"{stage:10} {seconds:.0f} s, {manifest.facts['rows']:,} rows")
         return manifest
+
+    def _log_stage(self, run_id: str, manifest: Manifest, losses: bool) -> None:
+        facts = manifest.facts
+        self.tracker.log_metrics(run_id, {name: v for name, v in facts.items() if isinstance(v, int | float)})
+        if losses:
+            self.tracker.log_records(run_id, [{"step": step, "loss": loss} for step, loss in facts.get("losses", [])])
 
 
 def open_day(options: DayOptions) -> Day:
@@ -191,6 +209,11 @@ def open_day(options: DayOptions) -> Day:
     day = Day(replace(options, data=data, state=state.uri), schema, files, window, state, None)
     if not options.from_scratch:
         day.previous = latest_release(state, day.date)
+    if not day.new_days:
+        raise UserError(
+            f"--date {day.date}: {day.state.path(day.previous.name)} has trained on every day of the window, "
+            f"{window.train[0]} to {window.train[-1]}; --from-scratch trains on them anew"
+        )
     day.groups(day.new_days + window.valid + window.test)
     return day
 

@@ -10,6 +10,7 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy
 
+from ctrdist.errors import UserError
 from ctrdist.items import ItemTexts
 from ctrdist.language.model import LanguageModel
 from ctrdist.language.texts import tokenize
@@ -34,6 +35,11 @@ class EncodeConfig:
     tokens_per_batch: int = 8192
     shard_items: int = 1024
     precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "tokens_per_batch", "shard_items"):
+            if getattr(self, name) < 1:
+                raise UserError(f"encode.{name}: {getattr(self, name)} is under 1")
 
 
 class Encoder:
@@ -131,7 +137,7 @@ def encode_items(
         dataset = ray.data.from_items([{"shard": n} for n in missing], override_num_blocks=len(missing)).map_batches(
             Encoder,
             batch_size=1,
-            compute=ActorPoolStrategy(size=min(plan.encoders, len(missing))),
+            compute=ActorPoolStrategy(size=min(plan.workers, len(missing))),
             num_cpus=plan.worker_cpus,
             num_gpus=plan.gpus or None,
             fn_constructor_kwargs={

@@ -58,14 +58,12 @@ def stream(reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tu
     plan = ray.put(chunks)
 
     def read(batch: dict[str, np.ndarray]):
-        for number in batch["chunk"]:
+        for number in batch["id"]:
             yield from reader.read(ray.get(plan)[int(number)], keep)
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    numbers = [{"chunk": number} for number in range(len(chunks))]
-    dataset = ray.data.from_items(numbers, override_num_blocks=len(chunks))
-    dataset = dataset.map_batches(read, batch_size=1, num_cpus=0.5)
+    dataset = ray.data.range(len(chunks), override_num_blocks=len(chunks)).map_batches(read, batch_size=1, num_cpus=0.5)
     return dataset.repartition(target_num_rows_per_block=block_rows, strict=True) if block_rows else dataset
 
 

@@ -5,10 +5,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow as pa
+
 import ctrdist
 from ctrdist.export import Release, load_click_model, save_click_model
 from ctrdist.log import read_row_group
 from ctrdist.report import write_report
+from ctrdist.schema import HISTORY
 from ctrdist.storage import Manifest
 from raycluster.day import Day
 from raycluster.tracking import mlflow_quiet
@@ -64,8 +68,6 @@ def register(day: Day, release: Manifest) -> str:
 
     A release that is registered already keeps its version.
     """
-    import pandas as pd
-
     client, name = day.tracker.client, day.options.experiment
     known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("release") == release.identity]
     if known:
@@ -75,14 +77,13 @@ def register(day: Day, release: Manifest) -> str:
     example = example_rows(day, loaded)
     with mlflow_quiet() as mlflow:
         mlflow.set_tracking_uri(day.tracker.uri)
-        scores = pd.DataFrame({"probability": loaded.predict_frame(example)})
         with mlflow.start_run(run_id=day.run_id):
             info = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(Path(__file__).with_name("serving_model.py")),
                 artifacts={"release": str(folder)},
                 code_paths=CODE,
-                signature=mlflow.models.infer_signature(example, scores),
+                signature=signature(day, loaded),
                 input_example=example,
                 pip_requirements=[f"{package}=={version(package)}" for package in SERVING],
             )
@@ -93,8 +94,32 @@ def register(day: Day, release: Manifest) -> str:
     return f"{name} version {made.version}"
 
 
-def example_rows(day: Day, release: Release, rows: int = 5):
-    """The first test rows, with the columns that scoring needs, as a DataFrame."""
-    group = day.groups(day.window.test[:1])[0]
-    table = read_row_group(day.options.data, group, day.schema).slice(0, rows).select(release.columns)
-    return table.to_pandas()
+def signature(day: Day, release: Release) -> Any:
+    """MLflow's signature: the columns that scoring needs, with the log's own types; one column comes back."""
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType
+    from mlflow.types.schema import Schema as Columns
+
+    found = _first_rows(day).schema
+
+    def kind(type_: pa.DataType) -> Any:
+        if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+            return Array(kind(type_.value_type))
+        type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
+        return DataType.long if pa.types.is_integer(type_) else DataType.string
+
+    inputs = [ColSpec(kind(found.field(name).type), name) for name in release.columns]
+    return ModelSignature(Columns(inputs), Columns([ColSpec(DataType.float, "probability")]))
+
+
+def example_rows(day: Day, release: Release, rows: int = 5) -> pd.DataFrame:
+    """A few test rows without nulls, with the columns that scoring needs; those with a history first."""
+    table = _first_rows(day).select(release.columns)
+    frame = table.to_pandas().dropna()
+    if HISTORY in frame:
+        frame = frame.loc[frame[HISTORY].str.len().sort_values(ascending=False, kind="stable").index]
+    return frame.head(rows).reset_index(drop=True)
+
+
+def _first_rows(day: Day) -> pa.Table:
+    return read_row_group(day.options.data, day.groups(day.window.test)[0], day.schema).slice(0, 1000)

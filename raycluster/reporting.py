@@ -6,7 +6,6 @@ import tempfile
 from importlib.metadata import version
 from typing import Any
 
-from ctrdist.config import to_dict
 from ctrdist.storage import Manifest
 from raycluster.day import Day
 from raycluster.stages.read import Read
@@ -48,7 +47,7 @@ def assemble(day: Day, read: Read, text: Manifest, result: dict[str, Any]) -> di
         "stages": stages,
         "text_table": {"items": text.facts["items"], "dim": text.facts["dim"]},
         "peak_memory_bytes": day.memory.bytes if day.memory else None,
-        "config": to_dict(day.options),
+        "config": day.options.shown(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 

@@ -26,6 +26,11 @@ PARAM_KEY_LIMIT, PARAM_VALUE_LIMIT, TAG_VALUE_LIMIT = 250, 6000, 8000
 _PARAMS_PER_REQUEST, _METRICS_PER_REQUEST = 100, 1000
 
 
+def masked(uri: str) -> str:
+    """A URI as it may be shown: without user and password."""
+    return re.sub(r"//[^/@]*@", "//***@", uri)
+
+
 class Tracker:
     """The runs of one MLflow experiment. Every call names its run; there is no active run to lose track of."""
 
@@ -62,7 +67,7 @@ class Tracker:
             uri = f"sqlite:///{Path(state).resolve()}/mlflow.db"
         served = uri.startswith(("http://", "https://", "databricks"))
         artifacts = f"{state if remote else Path(state).resolve().as_uri()}/mlflow-artifacts"
-        shown = re.sub(r"//[^/@]*@", "//***@", uri)
+        shown = masked(uri)
         with mlflow_quiet() as mlflow, _quick_failure():
             try:
                 client = mlflow.MlflowClient(tracking_uri=uri)

@@ -1,5 +1,6 @@
 """Ray Train around the loop: the same loop on every worker, checkpoints in the state, and a restart where one dies."""
 
+import contextlib
 import json
 import shutil
 import time
@@ -13,12 +14,11 @@ import ray.train
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
-from ctrdist.errors import UserError
 from ctrdist.group import DistributedGroup, Group
 from ctrdist.loop import LoopConfig, Progress, Record, fit
 from ctrdist.storage import Manifest, State
 from ctrdist.tasks import Task
-from raycluster.cluster import Plan
+from raycluster.cluster import Plan, user_error
 from raycluster.ingest import InOrder, blocks
 
 MAX_FAILURES = 3
@@ -42,7 +42,7 @@ class Training:
             worker's share of a global batch each; for tasks on the log.
         valid_stream: the validation rows; for tasks on the log.
         batches: (rank, workers, step) -> this worker's batches; for tasks on the items.
-        facts: what the output's manifest should say besides.
+        facts: what the output's manifest should say besides; `rows` are those of an epoch, and become those trained on.
         metrics: local file that rank 0 appends its records to, as JSON lines.
     """
 
@@ -77,11 +77,7 @@ def train(training: Training, plan: Plan) -> Manifest:
     Raises:
         UserError: what a worker found wrong with the input, or workers that keep dying.
     """
-    if training.batch_size % plan.workers:
-        raise UserError(
-            f"a batch size of {training.batch_size} does not divide among {plan.workers} workers; choose a "
-            "multiple, or --workers"
-        )
+    assert training.batch_size % plan.workers == 0, (training.batch_size, plan.workers)
     training = replace(training, loop=replace(training.loop, threads=plan.threads))
     state = State(training.state)
     for failures in range(MAX_FAILURES + 1):
@@ -90,7 +86,7 @@ def train(training: Training, plan: Plan) -> Manifest:
             break
         except ray.train.TrainingFailedError as error:
             wrong = user_error(error)
-            if wrong or failures == MAX_FAILURES:
+            if wrong or failures == MAX_FAILURES or not died(error):
                 raise wrong or error from None
             print(f"a training worker died; going on from step {training.cursor():,}", flush=True)
     manifest = state.find(training.output, training.inputs)
@@ -104,7 +100,9 @@ def train(training: Training, plan: Plan) -> Manifest:
 def _trainer(training: Training, plan: Plan) -> TorchTrainer:
     datasets = {}
     if training.train_stream:
-        datasets["train"] = training.train_stream(training.cursor() // training.loop.steps_per_epoch)
+        # After the last epoch's checkpoint nothing is left to train on, but the stream must have something in it.
+        epoch = min(training.cursor() // training.loop.steps_per_epoch, training.loop.epochs - 1)
+        datasets["train"] = training.train_stream(epoch)
     if training.valid_stream:
         datasets["valid"] = training.valid_stream()
     resources = {"CPU": plan.worker_cpus} | ({"GPU": plan.gpus} if plan.gpus else {})
@@ -120,16 +118,10 @@ def _trainer(training: Training, plan: Plan) -> TorchTrainer:
     )
 
 
-def user_error(error: BaseException) -> UserError | None:
-    """The UserError within an error of Ray Train, Ray Data or a Ray task, if that is what went wrong."""
-    inner = [getattr(error, "cause", None), error.__cause__, *getattr(error, "worker_failures", {}).values()]
-    if isinstance(error, UserError):
-        return UserError(
-            str(error).splitlines()[-1].removeprefix("ctrdist.errors.UserError: ")
-            if "Traceback" in str(error)
-            else str(error)
-        )
-    return next((found for e in inner if e is not None and (found := user_error(e))), None)
+def died(error: ray.train.TrainingFailedError) -> bool:
+    """Whether a process died, or lost one that did: only that is worth another try."""
+    raised = [getattr(failure, "_base_exc", None) for failure in getattr(error, "worker_failures", {}).values()]
+    return any(own is None or isinstance(own, RuntimeError | OSError) for own in raised)
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -168,7 +160,9 @@ def _work(config: dict[str, Any]) -> None:
         record=Recorder(training.metrics),
     )
     if group.rank == 0:
+        rows = round(training.facts["rows"] * progress.step / training.loop.steps_per_epoch)
         facts = training.facts | {
+            "rows": rows,
             "losses": progress.losses,
             "valid_auc": progress.valid_auc,
             "best_epoch": progress.best_epoch,
@@ -186,6 +180,8 @@ class Recorder:
         self.path = path
 
     def __call__(self, record: Record) -> None:
-        if self.path:
-            with open(self.path, "a") as stream:
-                stream.write(json.dumps(record | {"time": time.time()}) + "\n")
+        # A console line is not worth a training: on another node the folder may not be there.
+        with contextlib.suppress(OSError):
+            if self.path:
+                with open(self.path, "a") as stream:
+                    stream.write(json.dumps(record | {"time": time.time()}) + "\n")

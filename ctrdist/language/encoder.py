@@ -30,7 +30,7 @@ class TextEncoder(nn.Module):
         for before, after in zip(widths, widths[1:], strict=False):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.head = nn.Sequential(*layers[:-1])
-        self.out = out
+        self.out, self.widths = out, (*hidden, out)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Token ids [B, L] and mask [B, L] -> vectors [B, out]; B may be 0."""

@@ -151,6 +151,18 @@ class LanguageModel(nn.Module):
         return fingerprint(self.base, self.pooling)
 
 
+def check_model(name: str, masked_lm: bool) -> None:
+    """Raise the UserError that `LanguageModel.load` would, as far as the configuration tells: no weights are read."""
+    folder = source.fetch(name)
+    with source.quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"language model '{name}': {folder}: {reason}") from error
+    _check(name, config, masked_lm)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that `LanguageModel.load(name)` has, without the model. Raises UserError for a missing model."""
     folder = source.fetch(name)
@@ -191,7 +203,7 @@ def _check(name: str, config: Any, masked_lm: bool) -> None:
     if masked_lm and type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(
             f"language model '{name}' ({config.model_type}) predicts no masked words. Domain-adaptive pre-training "
-            "needs an encoder such as sentence-transformers/all-MiniLM-L6-v2, or leave that stage out"
+            "needs an encoder such as sentence-transformers/all-MiniLM-L6-v2; --pretrain.epochs 0 leaves it out"
         )
 
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
@@ -35,6 +36,13 @@ def resolve(name: str) -> str:
     if not name or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"language model '{name}': no such folder. {_WAYS}")
     return name
+
+
+def identity(name: str) -> list:
+    """What tells one state of a language model's folder from another: its files' sizes and times; [] for a hub name."""
+    folder = Path(resolve(name))
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return [[str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def fetch(name: str) -> str:

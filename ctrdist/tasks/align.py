@@ -89,7 +89,9 @@ class ItemAlignment(Task):
         parts = batch.buckets(max(1, -(-len(batch) // config.chunk)) if config.chunk else BUCKETS)
         text = torch.cat([self._encode(part) for part in parts])
         items = torch.cat([part.items for part in parts])
-        item = self.targets[items.to(self.targets.device)].to(text.device, text.dtype)
+        item = self.targets[items.to(self.targets.device)].to(
+            text.device, torch.promote_types(text.dtype, torch.float32)
+        )
         loss = symmetric_info_nce(text, item, config.temperature, self.group, config.similarity)
         with torch.no_grad():
             logits, own = in_batch_logits(text, item, config.temperature, self.group, config.similarity)

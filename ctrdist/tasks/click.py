@@ -10,6 +10,7 @@ from ctrdist import backbones
 from ctrdist.backbones import BackboneConfigs, Inputs, Shape
 from ctrdist.batch import Batch, Lookup
 from ctrdist.embedding import EmbeddingTable, Tables
+from ctrdist.errors import UserError
 from ctrdist.group import Group
 from ctrdist.losses import binary_cross_entropy
 from ctrdist.optim import Precision, RowAdam, Schedule, split_decay
@@ -52,6 +53,11 @@ class ClickConfig:
     warmup: float = 0.0
     precision: Precision = "float32"
     networks: BackboneConfigs = field(default_factory=BackboneConfigs)
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "epochs", "warm_epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"ctr.{name}: {getattr(self, name)} is under 1")
 
 
 @dataclass(frozen=True)

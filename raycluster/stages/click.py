@@ -42,7 +42,7 @@ def train_click(
     epochs = config.warm_epochs if warm else config.epochs
     rows, seed = read.total(days), day.options.seed
     inputs = fingerprint(
-        read.output.identity,
+        read.identity,
         to_dict(config),
         to_dict(fuse) if fuse else None,
         seed,
@@ -93,7 +93,7 @@ def _click_task(
     sizes = table_sizes(vocabularies, schema)
     state = State(reader.state)
     if start:
-        model = load_click_model(state.local(start), schema, config)
+        model = load_click_model(state.local(start), schema, config, fuse, seed)
         model.grow(sizes)
         return model
     width = load_text_table(state.local(text)).shape[1] if text else 0

@@ -51,7 +51,7 @@ def evaluate(day: Day, read: Read, models: dict[str, tuple[Manifest, Manifest | 
         The parts `rows`, `models`, `gain` and `groups` of the report.
     """
     inputs = fingerprint(
-        read.output.identity,
+        read.identity,
         [str(d) for d in day.window.test],
         {name: (m.identity, t and t.identity) for name, (m, t) in models.items()},
     )

@@ -14,6 +14,7 @@ from ctrdist.batch import Lookup
 from ctrdist.config import to_dict
 from ctrdist.export import load_click_model
 from ctrdist.items import ItemTexts, Ragged, item_batches
+from ctrdist.language import source
 from ctrdist.language.encoder import HEAD, TextEncoder
 from ctrdist.language.model import LanguageModel, load_tokenizer
 from ctrdist.language.texts import TokenBatch, tokenize
@@ -62,9 +63,16 @@ def pretrain(day: Day, read: Read, lm: LanguageModelConfig, config: PretrainConf
         day.skipped.add("dap")
         return manifest
     items = _items_with_text(day, read)
-    inputs = fingerprint(read.output.identity, to_dict(lm), to_dict(config), day.options.seed)
+    inputs = fingerprint(
+        read.output.identity, to_dict(lm), source.identity(lm.name), to_dict(config), day.options.seed
+    )  # fmt: skip
 
     def make(name: str, inputs: str, metrics_file: str | None) -> Manifest:
+        if not config.epochs:
+            facts = {"rows": 0, "date": str(day.date), "lm": to_dict(lm)}
+            with day.state.create(name, inputs, facts) as folder:
+                LanguageModel.load(lm.name, lm.pooling).save(folder)
+            return day.state.find(name)
         training = _text_training(
             day,
             name,
@@ -89,7 +97,7 @@ def pretrain(day: Day, read: Read, lm: LanguageModelConfig, config: PretrainConf
                 day.options.seed,
                 config.epochs,
             ),
-            facts={"rows": len(items) * config.epochs, "date": str(day.date), "lm": to_dict(lm)},
+            facts={"rows": len(items), "date": str(day.date), "lm": to_dict(lm)},
         )
         return train(training, day.plan)
 
@@ -113,7 +121,8 @@ def align(
         model: output of the click model to align to.
         warm: take `warm_epochs` passes instead of `epochs`.
     """
-    items = np.flatnonzero(read.counts)
+    items = _items_with_text(day, read)
+    items = items[read.counts[items] > 0]
     epochs = config.warm_epochs if warm else config.epochs
     inputs = fingerprint(
         read.output.identity, lm.identity, model.identity, to_dict(config), precision, epochs, day.options.seed
@@ -144,7 +153,7 @@ def align(
                 day.options.seed,
                 epochs,
             ),
-            facts={"rows": len(items) * epochs, "items": len(items)},
+            facts={"rows": len(items), "items": len(items)},
         )
         return train(training, day.plan)
 
@@ -222,7 +231,7 @@ def _align_task(state: str, read: str, lm: str, model: str, config: AlignConfig,
     folder = store.local(lm)
     if (folder / HEAD).exists():
         encoder = TextEncoder.load(folder)
-        if encoder.out == targets.shape[1]:
+        if encoder.widths == (*config.head_hidden, targets.shape[1]):
             return ItemAlignment(encoder, targets, config)
     return ItemAlignment(
         TextEncoder(LanguageModel.load(str(folder)), targets.shape[1], config.head_hidden), targets, config

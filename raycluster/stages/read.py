@@ -41,9 +41,14 @@ class Read:
     strangers: int
     quarantine: str | None
 
+    @property
+    def identity(self) -> str:
+        """Fingerprint of the log's files and of what was made of them."""
+        return fingerprint(self.output.inputs, self.output.identity)
+
     def total(self, days: Days) -> int:
         """Good rows of some days."""
-        return sum(self.rows[str(day)] for day in days)
+        return sum(self.rows.get(str(day), 0) for day in days)
 
 
 def read_log(day: Day, whole_window: bool = False) -> Read:
@@ -68,9 +73,14 @@ def read_log(day: Day, whole_window: bool = False) -> Read:
     facts = output.facts
     folder = day.state.local(output.name)
     counts = np.load(folder / "item_counts.npy")
-    return Read(
+    _judge(facts["faults"], facts["rows"], day.options.max_bad_fraction, facts["quarantine"])
+    read = Read(
         output, day.new_days, counts, facts["rows_by_day"], facts["faults"], facts["strangers"], facts["quarantine"]
     )
+    for kind, days in (("training", read.train), ("validation", day.window.valid), ("test", day.window.test)):
+        if not read.total(days):
+            raise UserError(f"{day.options.data}: no good rows on the {kind} days, {days[0]} to {days[-1]}")
+    return read
 
 
 def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | None) -> Manifest:
@@ -92,7 +102,6 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
     where = None
     if scan.quarantined:
         where = state.path(state.find(f"runs/{day.date}/quarantine").folder)
-        _judge(scan, rows, day.options.max_bad_fraction, where)
     counts_by_day = _window_counts(day, old, scan)
     counts = item_counts(counts_by_day, day.window.train, ids.size)
     fresh = item_counts(scan.items, day.new_days, ids.size)
@@ -125,15 +134,17 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
     return state.find(name)
 
 
-def _judge(scan: Scan, rows: int, limit: float, where: str) -> None:
-    share = scan.quarantined / (rows + scan.quarantined)
-    reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(scan.faults.items(), key=lambda pair: -pair[1]))
-    if share > limit:
+def _judge(faults: dict[str, int], rows: int, limit: float, where: str | None) -> None:
+    bad = sum(faults.values())
+    if not bad:
+        return
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(faults.items(), key=lambda pair: -pair[1]))
+    if bad > limit * (rows + bad):
         raise UserError(
-            f"{scan.quarantined:,} of {rows + scan.quarantined:,} rows ({share:.1%}) are bad: {reasons}. They "
-            f"lie in {where} with file, row and reason; mend the log, or allow more with --max-bad-fraction"
+            f"{bad:,} of {rows + bad:,} rows ({bad / (rows + bad):.1%}) are bad: {reasons}. They lie in {where} with "
+            "file, row and reason; mend the log, or allow more with --max-bad-fraction"
         )
-    say(f"read       {scan.quarantined:,} bad rows set aside ({reasons}) in {where}")
+    say(f"read       {bad:,} bad rows set aside ({reasons}) in {where}")
 
 
 def _window_counts(day: Day, old: Path | None, scan: Scan) -> dict:

@@ -19,7 +19,7 @@ from ctrdist.log import log_columns
 from ctrdist.schema import Schema
 from ctrdist.storage import State
 from ctrdist.tasks.align import AlignConfig
-from ctrdist.tasks.click import ClickConfig
+from ctrdist.tasks.click import ClickConfig, FuseConfig
 from ctrdist.tasks.pretrain import PretrainConfig
 from ctrdist.vocabulary import load_vocabularies
 from raycluster.encoder import EncodeConfig
@@ -56,9 +56,9 @@ def options(data, tiny_lm):
         data=str(data), state=str(data.parent / "state"), date=FIRST, train_days=4, test_days=2, workers=2,
         lm=LanguageModelConfig(name=str(tiny_lm), pooling="mean", precision="float32"),
         ctr=ClickConfig(backbone="dcnv2", epochs=2, batch_size=256, dim=8,
-                        networks=BackboneConfigs(dcnv2=dcnv2.Config(hidden=(16,)))),
+                        networks=BackboneConfigs(dcnv2=dcnv2.Config(hidden=(16,), dropout=0.0))),
         pretrain=PretrainConfig(max_length=16), align=AlignConfig(epochs=1, max_length=16, batch_size=32),
-        encode=EncodeConfig(max_length=16, shard_items=16, precision="float32"),
+        encode=EncodeConfig(max_length=16, shard_items=16, precision="float32"), fuse=FuseConfig(dropout=0.0),
     )  # fmt: skip
 
 
@@ -203,18 +203,32 @@ def test_counts_of_training_rows_are_over_the_whole_window(second_day, data, opt
     }
 
 
-def test_a_run_cut_off_goes_on_where_it_was(first_day, options, tmp_path, capsys):
+def test_a_run_cut_off_goes_on_with_other_workers_and_ends_alike(first_day, options, capsys):
     state = State(options.state)
-    before = state.find(f"runs/{FIRST}/mf2").files
     for name in (f"releases/{FIRST}", f"runs/{FIRST}/evaluate", f"runs/{FIRST}/mf2"):
         state.remove(name)
-    JOB.run(options)
+    JOB.run(replace(options, workers=1))
     out = capsys.readouterr().out
     for stage in ("id", "dap", "roma", "encode"):
         assert f"{stage:10} done before" in out
     again = json.loads((Path(options.state) / "releases" / str(FIRST) / "report.json").read_text())
-    assert again["models"] == first_day["models"]
-    assert state.find(f"runs/{FIRST}/mf2").files == before
+    assert again["rows"] == first_day["rows"] and again["models"]["id"] == first_day["models"]["id"]
+    for metric in ("auc", "log_loss", "gauc", "auc_cold"):
+        assert again["models"]["cela"][metric] == pytest.approx(first_day["models"]["cela"][metric], abs=1e-3)
+
+
+def test_a_run_killed_before_it_was_registered_is_finished(first_day, options, capsys):
+    state = State(options.state)
+    facts = dict(state.find(f"releases/{FIRST}").facts)
+    version = facts.pop("registered")
+    manifest = Path(options.state) / "releases" / f"{FIRST}.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"facts": facts}))
+    (Path(options.state) / "releases" / str(FIRST) / "report.html").unlink()
+    JOB.run(options)
+    assert f"registered as {version}" in capsys.readouterr().out
+    assert (Path(options.state) / "releases" / str(FIRST) / "report.html").exists()
+    JOB.run(options)
+    assert "is complete" in capsys.readouterr().out
 
 
 def test_too_many_bad_rows_stop_the_job(ray_cluster, options, tmp_path):

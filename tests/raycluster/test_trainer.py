@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from ctrdist.group import Group
 from ctrdist.loop import LoopConfig
 from ctrdist.losses import global_mean
 from ctrdist.tasks import Task
-from raycluster.cluster import Plan, make_plan
+from raycluster.cluster import make_plan
 from raycluster.trainer import Training, train
 
 
@@ -102,9 +103,25 @@ def test_what_a_worker_finds_wrong_reaches_the_user(ray_cluster, state):
         train(training(state, "wrong", partial(Regression, None, True)), replace(make_plan(2), workers=1))
 
 
-def test_a_batch_that_does_not_divide_is_refused(state):
-    with pytest.raises(UserError, match="8 does not divide among 3"):
-        train(training(state, "odd", Regression), Plan(3, 0, 0.25, 1, 1))
+def test_a_death_after_the_last_checkpoint_is_no_obstacle(ray_cluster, state):
+    run = training(state, "late", Regression)
+    alone = replace(make_plan(2), workers=1)
+    with pytest.raises(TrainingFailedError, match="the disk is full"):
+        train(replace(run, save=full_disk), alone)
+    assert run.cursor() == 10
+    manifest = train(run, alone)
+    assert manifest.facts["rows"] == 160 and len(weights(state, manifest)) == 2
+
+
+def full_disk(task: Task, folder: Path) -> None:
+    raise KeyError("the disk is full")
+
+
+def test_plans_divide_every_batch(ray_cluster):
+    assert make_plan(0, {"--ctr.batch-size": 1024}).workers == 2
+    assert make_plan(0, {"--ctr.batch-size": 1023}).workers == 1
+    with pytest.raises(UserError, match="--ctr.batch-size 1023: does not divide among 2 workers"):
+        make_plan(2, {"--ctr.batch-size": 1023})
 
 
 def test_more_workers_than_room(ray_cluster):
