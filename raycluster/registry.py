@@ -13,7 +13,7 @@ from ctrdist.export import Release, load_click_model, save_click_model
 from ctrdist.log import read_row_group
 from ctrdist.report import write_report
 from ctrdist.schema import HISTORY
-from ctrdist.storage import Manifest
+from ctrdist.storage import Manifest, fingerprint
 from raycluster.day import Day
 from raycluster.tracking import mlflow_quiet
 
@@ -66,10 +66,11 @@ def publish(day: Day) -> None:
 def register(day: Day, release: Manifest) -> str:
     """Log the release as an MLflow model with signature and input example, and register it; returns name and version.
 
-    A release that is registered already keeps its version.
+    A release whose models and tables are registered already keeps its version.
     """
     client, name = day.tracker.client, day.options.experiment
-    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("release") == release.identity]
+    content = fingerprint({path: facts for path, facts in release.files.items() if not path.startswith("report.")})
+    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("release") == content]
     if known:
         return f"{name} version {known[0].version}"
     folder = day.state.local(release.name)
@@ -87,7 +88,7 @@ def register(day: Day, release: Manifest) -> str:
                 input_example=example,
                 pip_requirements=[f"{package}=={version(package)}" for package in SERVING],
             )
-        labels = {"release": release.identity, "date": str(day.date)}
+        labels = {"release": content, "date": str(day.date)}
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         made = client.create_model_version(name, info.model_uri, day.run_id, labels, model_id=info.model_id)
