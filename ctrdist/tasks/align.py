@@ -27,7 +27,8 @@ class AlignConfig:
         epochs: passes over the items.
         warm_epochs: the same, for a day that starts from the day before.
         batch_size: items a step, over all workers; all but one are negatives.
-        lr: learning rate of the language model.
+        lr: learning rate of the language model. The paper's 5e-5 is for a bare RoBERTa; with it a sentence encoder
+            forgets what the embeddings do not hold.
         head_lr: learning rate of the projection head.
         weight_decay: of the language model's matrices.
         head_weight_decay: of the head's matrices.
@@ -44,7 +45,7 @@ class AlignConfig:
     epochs: int = 2
     warm_epochs: int = 1
     batch_size: int = 128
-    lr: float = 5e-5
+    lr: float = 2e-6
     head_lr: float = 3e-3
     weight_decay: float = 0.01
     head_weight_decay: float = 3e-2

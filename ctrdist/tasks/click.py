@@ -14,8 +14,9 @@ from ctrdist.errors import UserError
 from ctrdist.group import Group
 from ctrdist.losses import binary_cross_entropy
 from ctrdist.optim import Precision, RowAdam, Schedule, split_decay
-from ctrdist.schema import Schema
+from ctrdist.schema import ITEM_ID, Schema
 from ctrdist.tasks import Task
+from ctrdist.vocabulary import UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class ClickConfig:
         table_decay: L2 coefficient on the rows a batch touches.
         schedule: course of both learning rates over all epochs.
         warmup: share of the steps over which they rise.
+        unknown_share: share of a batch's items whose id is taken for unknown in training, so that the unknown row, and
+            what the network makes of an item without an id of its own, are trained.
         precision: of the network's arithmetic; embeddings are float32 in any case.
         networks: hyper-parameters of the backbones, by name.
     """
@@ -51,6 +54,7 @@ class ClickConfig:
     table_decay: float = 1e-2
     schedule: Schedule = "constant"
     warmup: float = 0.0
+    unknown_share: float = 0.1
     precision: Precision = "float32"
     networks: BackboneConfigs = field(default_factory=BackboneConfigs)
 
@@ -58,6 +62,8 @@ class ClickConfig:
         for name in ("dim", "epochs", "warm_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"ctr.{name}: {getattr(self, name)} is under 1")
+        if not 0 <= self.unknown_share < 1:
+            raise UserError(f"ctr.unknown_share: {self.unknown_share} is not a share from 0 to under 1")
 
 
 @dataclass(frozen=True)
@@ -134,13 +140,24 @@ class ClickModel(Task):
     def inputs(self, batch: Batch) -> Inputs:
         """Look up and join every field of a batch. Each distinct item is embedded once."""
         rows = [self.tables[name](batch.row_fields[name]) for name in self.row_names]
-        items = torch.stack([self.tables[name](batch.item_fields[name]) for name in self.item_names], 1)
+        items = torch.stack([self.item_vectors(name, batch.item_fields[name]) for name in self.item_names], 1)
         if self.text_field is not None:
             items = torch.cat([items, self.text_field(batch.text.to(items.dtype)).unsqueeze(1)], 1)
         target = items[batch.target]
         fields = torch.cat([torch.stack(rows, 1), target], 1) if rows else target
         mask = batch.items[batch.history] != 0
         return Inputs(fields, items[batch.history][:, :, : len(self.target)], mask, self.target)
+
+    def item_vectors(self, name: str, lookup: Lookup) -> Tensor:
+        """An item field of U items [U, d]; in training, some items' ids are unknown."""
+        vectors = self.tables[name](lookup)
+        if name != ITEM_ID or not self.training or not self.config.unknown_share:
+            return vectors
+        row = torch.tensor([UNKNOWN], device=vectors.device)
+        unknown = self.tables[name](Lookup(row, torch.zeros_like(row)))
+        hidden = torch.rand(len(vectors), 1, device=vectors.device) < self.config.unknown_share
+        hidden[0] = False  # padding
+        return torch.where(hidden, unknown, vectors)
 
     def logits(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [B], and the backbone's auxiliary losses by name."""

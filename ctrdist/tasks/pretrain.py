@@ -25,7 +25,7 @@ class PretrainConfig:
     Args:
         epochs: passes over the items; 0 takes the language model as it is.
         batch_size: items a step, over all workers.
-        lr: learning rate of AdamW.
+        lr: learning rate of AdamW; 5e-5 for a bare model, less for a sentence encoder.
         weight_decay: of matrices; biases and LayerNorm have none.
         warmup: share of the steps in which the learning rate rises, before it falls linearly to 0.
         max_length: tokens of a text that are read, special tokens included.
@@ -37,7 +37,7 @@ class PretrainConfig:
 
     epochs: int = 1
     batch_size: int = 32
-    lr: float = 5e-5
+    lr: float = 1e-5
     weight_decay: float = 0.01
     warmup: float = 0.05
     max_length: int = 64

@@ -239,7 +239,11 @@ def _align_task(state: str, read: str, lm: str, model: str, config: AlignConfig,
 
 
 def item_embeddings(state: State, read: str, model: str, block: int = 65536) -> torch.Tensor:
-    """A click model's item-side embeddings, joined, by catalog row: float32 [rows, F_item * d] (CELA, eq. 8)."""
+    """A click model's item-side embeddings, joined, by catalog row: float32 [rows, F_item * d] (CELA, eq. 8).
+
+    Each field is scaled to unit mean square: how small embeddings are is a matter of their decay, and no field should
+    count more, nor a temperature of 1 mean less, because of it.
+    """
     reader = LogReader("", state.uri, read)
     schema, _, catalog = reader.open()
     click = load_click_model(state.local(model), schema)
@@ -252,7 +256,9 @@ def item_embeddings(state: State, read: str, model: str, block: int = 65536) -> 
             values = column.take(rows) if isinstance(column, Ragged) else np.asarray(column[rows])
             fields[f.name] = Lookup.of(values)
         out[start : start + len(rows)] = click.item_embeddings(fields)
-    return out
+    by_field = out.unflatten(1, (-1, click.config.dim))
+    scale = by_field[1:].square().mean((0, 2), keepdim=True).sqrt().clamp(min=1e-12)
+    return (by_field / scale).flatten(1)
 
 
 def _save_language_model(task: DomainAdaptivePretraining, folder: Path) -> None:

@@ -99,7 +99,7 @@ def test_parameter_groups_and_state(tiny_lm: Path):
     groups = task.parameter_groups()
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in task.parameters())
     rates = [(g["lr"], g["weight_decay"]) for g in groups]
-    assert rates == [(5e-5, 0.01), (5e-5, 0.0), (3e-3, 3e-2), (3e-3, 0.0)]
+    assert rates == [(2e-6, 0.01), (2e-6, 0.0), (3e-3, 3e-2), (3e-3, 0.0)]
     assert all(name.startswith("encoder.") for name in task.state_dict())
     assert len(task_of(tiny_lm, AlignConfig(head_hidden=())).encoder.head) == 1
 

@@ -237,3 +237,16 @@ def test_seed_and_parameter_groups():
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.5, 0.25), (0.5, 0.0)]
     assert {(t.optimizer.lr, t.optimizer.weight_decay) for t in tables_of(model)} == {(0.125, 0.0625)}
+
+
+def test_a_share_of_items_is_shown_as_unknown_in_training_only():
+    model = ClickModel(SCHEMA, SIZES, ClickConfig(unknown_share=0.5))
+    table, count = model.tables["item_id"], 2000
+    lookup = Lookup(torch.tensor([0, 2]), torch.tensor([0] + [1] * count))
+    torch.manual_seed(0)
+    shown = model.train().item_vectors("item_id", lookup)
+    unknown = (shown[1:] == table.weight[1]).all(1)
+    assert 0.45 < unknown.float().mean() < 0.55 and not shown[0].any()
+    assert torch.equal(shown[1:][~unknown], table.weight[2].expand(int((~unknown).sum()), -1))
+    model.eval()
+    assert torch.equal(model.item_vectors("item_id", lookup)[1:], table.weight[2].expand(count, -1))
