@@ -234,11 +234,11 @@ class Progress:
 
     def __init__(self, stage: str, every: float = 10.0) -> None:
         self.stage, self.every = stage, every
-        self.began = self.printed = time.monotonic()
+        self.began = self.printed = time.time()
         self.first_step: float | None = None
 
     def __call__(self, record: dict) -> None:
-        now = time.monotonic()
+        now = record["time"]  # records may come in bunches
         if "valid_auc" in record:
             say(f"{self.stage:10} epoch {record['epoch']:.0f}: validation AUC {record['valid_auc']:.4f}")
             return
@@ -256,7 +256,7 @@ class Progress:
 
     def items(self, done: int, total: int) -> None:
         """Progress of an encoder."""
-        now = time.monotonic()
+        now = time.time()
         if now - self.printed >= self.every:
             self.printed = now
             left = (total - done) * (now - self.began) / max(1, done)
