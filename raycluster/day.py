@@ -11,7 +11,7 @@ from ctrdist.config import to_dict
 from ctrdist.errors import UserError
 from ctrdist.log import RowGroup, Window, choose_window, list_days, list_row_groups
 from ctrdist.schema import Schema
-from ctrdist.storage import Manifest, State, fingerprint
+from ctrdist.storage import Manifest, State, filesystem, fingerprint
 from raycluster import cluster
 from raycluster.tracking import MetricsTail, Tracker, masked
 
@@ -156,7 +156,8 @@ class Day:
         say(f"{stage:10} ...")
         began = time.monotonic()
         labels = {"stage": stage, "inputs": inputs}
-        metrics = Path(self.state.uri) / f"{self.name(stage)}.metrics.jsonl" if self.state.is_local else None
+        root = Path(filesystem(self.state.uri)[1]) if self.state.is_local else None
+        metrics = root and root / f"{self.name(stage)}.metrics.jsonl"
         with self.tracker.run(stage, self.run_id, tags=labels) as run_id:
             if metrics:
                 metrics.parent.mkdir(parents=True, exist_ok=True)
