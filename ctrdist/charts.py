@@ -1,6 +1,7 @@
 """The report's charts as inline SVG, drawn by matplotlib's objects (no pyplot, no state shared with the caller).
 
 Colours are drawn as marks and then replaced by CSS variables, so that one SVG follows the page's light or dark scheme.
+`standalone` makes a file of its own of one.
 """
 
 import io
@@ -17,6 +18,20 @@ _SERIES = ("#010211", "#010212", "#010213", "#010214")
 _VARIABLES = {_INK: "var(--soft)", _GRID: "var(--line)", _BAR: "var(--bar)"} | {
     mark: f"var(--series-{number})" for number, mark in enumerate(_SERIES)
 }
+
+SCHEMES = {
+    "light": {
+        "page": "#f5f6f8", "card": "#ffffff", "ink": "#17202c", "soft": "#5d6878", "line": "#e3e7ec", "bar": "#d5dde8",
+        "series-0": "#64748b", "series-1": "#0f8b6d", "series-2": "#c2710c", "series-3": "#7c4dca",
+        "good": "#0f8b6d", "bad": "#c0352b",
+    },
+    "dark": {
+        "page": "#11151b", "card": "#1a2029", "ink": "#e8ecf2", "soft": "#9aa6b6", "line": "#2b333f", "bar": "#33404f",
+        "series-0": "#a3b1c6", "series-1": "#34d3a6", "series-2": "#f2a945", "series-3": "#b494f5",
+        "good": "#34d3a6", "bad": "#ff7a6e",
+    },
+}  # fmt: skip
+"""Colours of the report's page and charts by the name of their CSS variable, for each scheme."""
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -52,6 +67,15 @@ def _svg(figure: Figure, title: str) -> Markup:
     for mark, variable in _VARIABLES.items():
         text = text.replace(mark, variable)
     return Markup(text.replace("<svg", Markup('<svg role="img" aria-label="{}"').format(title), 1))
+
+
+def standalone(svg: Markup) -> str:
+    """A chart as an SVG file: the light scheme's colours on their card, in place of the page's variables."""
+    text = str(svg)
+    for name, colour in SCHEMES["light"].items():
+        text = text.replace(f"var(--{name})", colour)
+    style = f'style="background: {SCHEMES["light"]["card"]}"'
+    return text.replace("<svg", f"<svg {style}", 1)
 
 
 def _colours(names: Iterable[str]) -> dict[str, str]:

@@ -23,12 +23,16 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from ctrdist.metrics import json_safe
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 STAGE_TITLES = {
     "id": "ID model",
@@ -53,10 +57,10 @@ def write_report(report: Mapping, folder: Path) -> Path:
 
 def render_html(report: Mapping) -> str:
     """The report as one HTML page with no outside assets: charts are inline SVG, and it follows light or dark mode."""
-    # matplotlib and Jinja2 take a second to import, which `--help` and the workers would pay for nothing.
+    # Jinja2 and matplotlib take a second to import, which `--help` and the workers would pay for nothing.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from ctrdist import charts
+    from ctrdist.charts import SCHEMES
 
     report = json_safe(report)
     environment = Environment(
@@ -78,27 +82,45 @@ def render_html(report: Mapping) -> str:
         "model": model_title,
         "json": lambda value: json.dumps(value, indent=2, default=str),
     }
-    models, stages, groups = report["models"], report.get("stages") or {}, report.get("groups") or []
-    bins = {model_title(name): model["calibration"] for name, model in models.items() if model.get("calibration")}
-    drawn = {name: model_title(name) for name in models if any(name in group["auc"] for group in groups)}
-    pictures = {
-        "popularity": charts.popularity(groups, drawn) if groups else None,
-        "calibration": charts.calibration(bins) if bins else None,
-    }
-    curves = {}
-    for name, stage in stages.items():
-        loss, valid = finite(stage.get("losses")), finite(stage.get("valid_auc"))
-        drawn_curves = [charts.curve(loss, "step", "loss")] if loss else []
-        drawn_curves += [charts.curve(valid, "epoch", "validation AUC", series=1)] if valid else []
-        if drawn_curves:
-            curves[name] = drawn_curves
+    models, stages = report["models"], report.get("stages") or {}
     sections = {name: report.get(name) or {} for name in _SECTIONS}
     return environment.get_template("report.html.j2").render(
-        report=report, **sections, models=models, stages=stages, groups=groups, pictures=pictures, curves=curves
+        report=report, **sections, models=models, stages=stages, plots=plots(report), schemes=SCHEMES
     )
 
 
 _SECTIONS = ("rows", "window", "quarantine", "gain", "text_table", "config", "versions")
+
+
+def plots(report: Mapping) -> dict[str, "Markup"]:
+    """The report's charts by name, as <svg> elements for a page that defines the colours of `charts.SCHEMES`.
+
+    `popularity`, `calibration`, and for each stage that has them `STAGE_loss` and `STAGE_auc`.
+    """
+    from ctrdist import charts
+
+    report = json_safe(report)
+    models, stages, groups = report["models"], report.get("stages") or {}, report.get("groups") or []
+    bins = {model_title(name): model["calibration"] for name, model in models.items() if model.get("calibration")}
+    grouped = {name: model_title(name) for name in models if any(name in group["auc"] for group in groups)}
+    drawn = {"popularity": charts.popularity(groups, grouped)} if groups else {}
+    if bins:
+        drawn["calibration"] = charts.calibration(bins)
+    for name, stage in stages.items():
+        if loss := finite(stage.get("losses")):
+            drawn[f"{name}_loss"] = charts.curve(loss, "step", "loss")
+        if valid := finite(stage.get("valid_auc")):
+            drawn[f"{name}_auc"] = charts.curve(valid, "epoch", "validation AUC", series=1)
+    return drawn
+
+
+def write_plots(report: Mapping, folder: Path) -> None:
+    """Writes each chart of `plots` to a file `NAME.svg` of its own in `folder`."""
+    from ctrdist import charts
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, plot in plots(report).items():
+        (folder / f"{name}.svg").write_text(charts.standalone(plot), encoding="utf-8")
 
 
 def console_table(report: Mapping, width: int = 100) -> str:

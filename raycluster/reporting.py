@@ -4,8 +4,10 @@ import platform
 import shutil
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from ctrdist.report import write_plots
 from ctrdist.storage import Manifest
 from raycluster.day import Day
 from raycluster.stages.read import Read
@@ -64,7 +66,7 @@ def _stage(day: Day, name: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def log(day: Day, report: dict[str, Any], release: Manifest) -> None:
-    """Log the day's metrics (`cela.auc`, `gain.auc`, ...) and the report's files to its MLflow run."""
+    """Log the day's metrics (`cela.auc`, `gain.auc`, ...) the report and its plots to its MLflow run."""
     numbers = {f"{model}.{name}": value for model, values in report["models"].items() for name, value in values.items()}
     numbers |= {f"gain.{name}": value for name, value in report["gain"].items()}
     numbers |= {f"rows.{name}": value for name, value in report["rows"].items()}
@@ -72,4 +74,5 @@ def log(day: Day, report: dict[str, Any], release: Manifest) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("report.json", "report.html"):
             shutil.copy(day.state.local(release.name) / name, folder)
+        write_plots(report, Path(folder) / "plots")
         day.tracker.log_artifacts(day.run_id, folder)

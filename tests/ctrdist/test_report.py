@@ -61,6 +61,16 @@ def test_written_report_is_whole_and_stands_alone(whole, tmp_path):
     assert "#0102" not in text
 
 
+def test_plots_are_files_that_need_no_page(whole, tmp_path):
+    report.write_plots(whole, tmp_path)
+    names = {path.stem for path in tmp_path.glob("*.svg")}
+    assert names == {"popularity", "calibration", "id_loss", "id_auc", "dap_loss", "roma_loss", "mf2_loss", "mf2_auc"}
+    for path in tmp_path.iterdir():
+        text = path.read_text()
+        ElementTree.fromstring(text)
+        assert "var(" not in text and "#0102" not in text
+
+
 @pytest.mark.parametrize("dropped", "groups stages gain quarantine window text_table config rows versions".split())
 def test_a_missing_part_is_left_out(whole, dropped):
     part = {key: value for key, value in whole.items() if key != dropped}

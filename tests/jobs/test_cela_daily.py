@@ -165,6 +165,8 @@ def test_mlflow_has_the_day_and_its_stages(first_day, options):
     assert len(client.get_metric_history(stage.info.run_id, "loss")) >= 2
     assert day.data.metrics["cela.auc"] == pytest.approx(first_day["models"]["cela"]["auc"])
     assert "report.html" in {f.path for f in client.list_artifacts(day.info.run_id)}
+    plots = {f.path for f in client.list_artifacts(day.info.run_id, "plots")}
+    assert {"plots/calibration.svg", "plots/mf2_loss.svg"} <= plots
 
 
 def test_a_complete_day_says_so_and_does_nothing(first_day, options, capsys):
