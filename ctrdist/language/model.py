@@ -27,12 +27,15 @@ class LanguageModel(nn.Module):
         model: the Hugging Face model, bare or with its masked-word head.
         tokenizer: its tokenizer, padding on the right.
         pooling: `cls` (the first real token), `mean` (of the real tokens) or `last` (the last real token).
+        drawn: names of the model's parameters that the checkpoint lacked, so that they were drawn at random.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, pooling: str) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, pooling: str, drawn: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
         assert pooling in POOLINGS
-        self.model, self.tokenizer, self.pooling = model, tokenizer, pooling
+        self.model, self.tokenizer, self.pooling, self.drawn = model, tokenizer, pooling, drawn
 
     @classmethod
     def load(cls, name: str, pooling: str = "auto", masked_lm: bool = False) -> "LanguageModel":
@@ -54,7 +57,7 @@ class LanguageModel(nn.Module):
                 config = AutoConfig.from_pretrained(folder)
                 tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
                 _check(name, config, masked_lm)
-                model = _weights(name, folder, config, masked_lm)
+                model, drawn = _weights(name, folder, config, masked_lm)
             except (OSError, ValueError, KeyError) as error:
                 if isinstance(error, UserError):
                     raise
@@ -63,7 +66,7 @@ class LanguageModel(nn.Module):
                     f"language model '{name}': {folder} cannot be loaded: {reason}. It needs config.json, a tokenizer "
                     "and *.safetensors of an architecture that transformers knows without remote code"
                 ) from error
-        return cls(model, _set_up(tokenizer, config), _pooling(pooling, folder, config)).train()
+        return cls(model, _set_up(tokenizer, config), _pooling(pooling, folder, config), drawn).train()
 
     @property
     def base(self) -> nn.Module:
@@ -121,9 +124,17 @@ class LanguageModel(nn.Module):
         assert self.has_head, "load with masked_lm=True"
         return _head(self.model)(hidden)
 
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """AdamW groups of all parameters but poolers; no weight decay on biases and normalisation (see `decayed`)."""
-        return decayed([(n, p) for n, p in self.named_parameters() if "pooler" not in n], lr, weight_decay)
+    def parameter_groups(self, lr: float, weight_decay: float, drawn_lr: float | None = None) -> list[dict[str, Any]]:
+        """AdamW groups of all parameters but poolers; no weight decay on biases and normalisation (see `decayed`).
+
+        Args:
+            drawn_lr: learning rate of the parameters that were drawn at random; `lr` if not given.
+        """
+        named = [(name, p) for name, p in self.model.named_parameters() if "pooler" not in name]
+        drawn = [(name, p) for name, p in named if name in self.drawn]
+        loaded = [(name, p) for name, p in named if name not in self.drawn]
+        groups = decayed(loaded, lr, weight_decay) + decayed(drawn, lr if drawn_lr is None else drawn_lr, weight_decay)
+        return [group for group in groups if group["params"]]
 
     def save(self, folder: str | Path) -> None:
         """Write weights (safetensors, with the head if there is one), configuration, tokenizer and pooling.
@@ -207,7 +218,7 @@ def _check(name: str, config: Any, masked_lm: bool) -> None:
         )
 
 
-def _weights(name: str, folder: str, config: Any, masked_lm: bool) -> nn.Module:
+def _weights(name: str, folder: str, config: Any, masked_lm: bool) -> tuple[nn.Module, frozenset[str]]:
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     if masked_lm:
         model, report = AutoModelForMaskedLM.from_pretrained(folder, **options)
@@ -225,7 +236,7 @@ def _weights(name: str, folder: str, config: Any, masked_lm: bool) -> nn.Module:
             f"language model '{name}': {folder} lacks {len(lost)} weights of {config.model_type}, such as "
             f"'{sorted(lost)[0]}'; download it again or name another model"
         )
-    return model
+    return model, frozenset(dict(model.named_parameters())) & set(report["missing_keys"])
 
 
 def _head(model: nn.Module) -> Any:

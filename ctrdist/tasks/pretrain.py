@@ -26,6 +26,7 @@ class PretrainConfig:
         epochs: passes over the items; 0 takes the language model as it is.
         batch_size: items a step, over all workers.
         lr: learning rate of AdamW; 5e-5 for a bare model, less for a sentence encoder.
+        head_lr: the same for a masked-word head that is drawn anew, because the model's checkpoint has none.
         weight_decay: of matrices; biases and LayerNorm have none.
         warmup: share of the steps in which the learning rate rises, before it falls linearly to 0.
         max_length: tokens of a text that are read, special tokens included.
@@ -37,7 +38,8 @@ class PretrainConfig:
 
     epochs: int = 1
     batch_size: int = 32
-    lr: float = 1e-5
+    lr: float = 2e-6
+    head_lr: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.05
     max_length: int = 64
@@ -100,4 +102,5 @@ class DomainAdaptivePretraining(Task):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The whole language model and its masked-word head."""
-        return self.language_model.parameter_groups(self.config.lr, self.config.weight_decay)
+        config = self.config
+        return self.language_model.parameter_groups(config.lr, config.weight_decay, config.head_lr)

@@ -75,7 +75,7 @@ def valid_batches(rank: int, size: int) -> Iterator[Batch]:
 def click_model(backbone: str, text: int = 4, networks: BackboneConfigs = DRY, seed: int = 0) -> ClickModel:
     config = ClickConfig(backbone=backbone, dim=4, lr=0.01, table_lr=0.02, unknown_share=0.0, networks=networks)
     dropout = 0.0 if networks is DRY else 0.2
-    return ClickModel(SCHEMA, SIZES, config, text, FuseConfig(dropout=dropout), seed=seed)
+    return ClickModel(SCHEMA, SIZES, config, text, FuseConfig(dropout=dropout, scale=1.0), seed=seed)
 
 
 LOOP = LoopConfig(STEPS, epochs=2, schedule="linear", warmup=0.2, clip_norm=0.5, precision="float64")

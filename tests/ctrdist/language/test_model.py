@@ -148,10 +148,21 @@ def test_every_parameter_that_is_named_gets_a_gradient(tiny_lm: Path, masked_lm:
         assert len({id(p) for p in named}) == len(named) == len(list(model.parameters()))
         assert all(p.grad is not None and p.grad.isfinite().all() for p in named)
         assert rows or not any(p.grad.any() for p in named)
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
-    undecayed = {id(p) for p in groups[1]["params"]}
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0] * (1 + masked_lm)
+    undecayed = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in undecayed) == (name.endswith("bias") or "LayerNorm" in name), name
+
+
+def test_a_head_that_was_drawn_has_a_learning_rate_of_its_own(tiny_lm: Path, tmp_path: Path):
+    model = LanguageModel.load(str(tiny_lm), masked_lm=True)
+    rates = {id(p): g["lr"] for g in model.parameter_groups(1e-6, 0.1, drawn_lr=1e-3) for p in g["params"]}
+    base = {id(p) for p in model.base.parameters()}
+    assert all(rate == (1e-6 if key in base else 1e-3) for key, rate in rates.items()) and len(rates) > len(base)
+    model.save(tmp_path)
+    trained = LanguageModel.load(str(tmp_path), masked_lm=True)
+    assert not trained.drawn
+    assert {g["lr"] for g in trained.parameter_groups(1e-6, 0.1, drawn_lr=1e-3)} == {1e-6}
 
 
 def test_fingerprint_sees_one_weight_and_the_pooling(tiny_lm: Path):

@@ -14,7 +14,7 @@ from ctrdist.embedding import tables_of
 from ctrdist.group import Group
 from ctrdist.items import Catalog, Ragged
 from ctrdist.schema import Field, Schema
-from ctrdist.tasks.click import ClickConfig, ClickModel
+from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, TextField
 from ctrdist.vocabulary import Vocabulary
 
 SIZES = {"user_id": 9, "tags": 6, "hour": 5, "item_id": 12, "genres": 7}
@@ -61,7 +61,7 @@ def world(rows: int = 30, schema: Schema = SCHEMA) -> tuple[Batch, Catalog]:
 
 def model_of(name: str, text_dim: int = 0, seed: int = 0, networks: BackboneConfigs = NETWORKS) -> ClickModel:
     config = ClickConfig(backbone=name, dim=D, networks=networks)
-    model = ClickModel(SCHEMA, SIZES, config, text_dim, seed=seed)
+    model = ClickModel(SCHEMA, SIZES, config, text_dim, FuseConfig(scale=1.0), seed=seed)
     with torch.no_grad():
         for table in tables_of(model):
             table.weight *= 100
@@ -136,6 +136,11 @@ def test_inputs_are_table_rows_joined_by_hand():
             if behaviour:
                 torch.testing.assert_close(inputs.history[b, t], item(behaviour))
     assert 0 < inputs.mask.sum() < 120
+
+
+def test_the_text_field_starts_at_its_scale():
+    field = TextField(TEXT, 64, FuseConfig(scale=0.25)).eval()
+    assert field(torch.randn(10, TEXT)).square().mean().sqrt().item() == pytest.approx(0.25, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)

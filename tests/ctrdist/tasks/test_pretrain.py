@@ -83,7 +83,7 @@ def test_parameter_groups_name_each_parameter_once(tiny_lm: Path):
     task = task_of(tiny_lm)
     groups = task.parameter_groups()
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in task.parameters())
-    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-5, 0.01), (1e-5, 0.0)]
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(2e-6, 0.01), (2e-6, 0.0), (1e-3, 0.01), (1e-3, 0.0)]
 
 
 def test_wrong_options():

@@ -1,0 +1,75 @@
+import datetime as dt
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ctrdist.config import to_dict
+from ctrdist.datasets.synthetic import SyntheticConfig, prepare
+from ctrdist.errors import UserError
+from ctrdist.schema import Schema
+from ctrdist.storage import State
+from ctrdist.tasks.pretrain import PretrainConfig
+from raycluster.day import DayOptions, latest_release, open_day
+from raycluster.stages.language import LanguageModelConfig, pretraining_due
+
+JANUARY = [dt.date(2024, 1, day) for day in range(1, 12)]
+LM = LanguageModelConfig(name="some/model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("day") / "data"
+    prepare(SyntheticConfig(users=20, items=30, days=11, rows_per_day=30), out)
+    return out
+
+
+@pytest.fixture
+def options(data, tmp_path) -> DayOptions:
+    """Options of the ninth day, over a state that released the third: trained on the first two, pre-trained on the
+    first."""
+    state = State(str(tmp_path / "state"))
+    with state.create("schema", Schema.load(data / "schema.yaml").fingerprint):
+        pass
+    with state.create("runs/2024-01-01/dap", "x", {"date": "2024-01-01", "lm": to_dict(LM)}):
+        pass
+    facts = {"trained_days": ["2024-01-01", "2024-01-02"], "dap": "runs/2024-01-01/dap"}
+    with state.create("releases/2024-01-03", "x", facts):
+        pass
+    return DayOptions(data=str(data), state=state.uri, date=JANUARY[8], train_days=9, test_days=2)
+
+
+def test_a_day_trains_on_what_no_earlier_day_has(options):
+    day = open_day(options)
+    assert day.previous.name == "releases/2024-01-03"
+    assert day.window.train == tuple(JANUARY[:8]) and day.window.valid == (JANUARY[8],)
+    assert day.new_days == tuple(JANUARY[2:8]) and day.trained_days == [str(d) for d in JANUARY[:8]]
+
+
+def test_from_scratch_takes_the_whole_window(options):
+    day = open_day(replace(options, from_scratch=True))
+    assert day.previous is None and day.new_days == day.window.train
+
+
+def test_a_window_without_a_new_day_says_the_way_out(options):
+    with pytest.raises(UserError, match="has trained on every day .* 2024-01-01 to 2024-01-02; --from-scratch"):
+        open_day(replace(options, date=JANUARY[3], train_days=4, valid_days=2))
+
+
+def test_a_release_of_the_same_or_a_later_day_is_no_start(options):
+    state = State(options.state)
+    assert latest_release(state, JANUARY[2]) is None and latest_release(state, JANUARY[3]) is not None
+
+
+@pytest.mark.parametrize(
+    ("date", "every", "due"), [(6, 7, False), (7, 7, True), (8, 7, True), (8, 9, False), (4, 3, True), (8, 0, False)]
+)
+def test_pretraining_is_due_when_its_days_are_over(options, date, every, due):
+    day = open_day(replace(options, date=JANUARY[date], train_days=date + 1))
+    assert pretraining_due(day, LM, PretrainConfig(every_days=every)) == due
+
+
+def test_pretraining_is_due_for_another_language_model_or_from_scratch(options):
+    config = PretrainConfig(every_days=0)
+    assert pretraining_due(open_day(options), replace(LM, name="other/model"), config)
+    assert pretraining_due(open_day(replace(options, from_scratch=True)), LM, config)
