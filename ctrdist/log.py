@@ -1,6 +1,9 @@
 """The canonical log: its days, what is wrong in a row, and rows as integers.
 
-<data>/interactions/dt=YYYY-MM-DD/*.parquet    user_id, item_id, label, timestamp, context fields, [history]
+<data>/interactions/dt=YYYY-MM-DD/*.parquet    user_id, item_id, label, timestamp, context fields, [history], [split]
+
+A run takes its parts, train, valid and test, from days, or from the log's own column `split`. Data without time has one
+day, 1970-01-01, and row numbers for timestamps.
 """
 
 import datetime as dt
@@ -15,31 +18,54 @@ from pyarrow import fs
 
 from ctrdist.errors import UserError
 from ctrdist.items import Catalog, require_columns
-from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, TIMESTAMP, USER_ID, Schema
+from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, SPLIT, TIMESTAMP, USER_ID, Schema
 from ctrdist.storage import filesystem
 from ctrdist.vocabulary import UNKNOWN, Vocabulary
 
-REASONS = ("ok", "null user_id", "null item_id", "item not in items/", "label not 0 or 1", "timestamp outside its day")
+REASONS = (
+    "ok", "null user_id", "null item_id", "item not in items/", "label not 0 or 1", "timestamp outside its day",
+    "split not train, valid or test",
+)  # fmt: skip
+ELSEWHERE = -1  # of a row that belongs to another part
 ITEM, FILLER = "item", "filler"
+SPLITS = ("train", "valid", "test")
+NO_TIME = dt.date(1970, 1, 1)
+
+Part = dt.date | str
+"""A day, or the name of a split."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Which days a run trains on, validates on and tests on, each ascending."""
+    """Which days a run trains on, validates on and tests on, each ascending; or which splits."""
 
-    train: tuple[dt.date, ...]
-    valid: tuple[dt.date, ...]
-    test: tuple[dt.date, ...]
+    train: tuple[Part, ...]
+    valid: tuple[Part, ...]
+    test: tuple[Part, ...]
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group of one file of a day, the smallest piece that is read at once."""
+    """One row group of one file of a day, the smallest piece that is read at once.
+
+    Args:
+        day: of the file.
+        path: of the file.
+        index: of the row group in the file.
+        rows: its rows, those of other splits and bad ones included.
+        split: only its rows of this split are meant; "" = all.
+    """
 
     day: dt.date
     path: str
     index: int
     rows: int
+    split: str = ""
+
+    @property
+    def part(self) -> Part:
+        """What its rows are counted under: the split, or else the day."""
+        return self.split or self.day
 
 
 def list_days(data: str) -> dict[dt.date, list[str]]:
@@ -118,45 +144,76 @@ def choose_window(
     return window
 
 
-def log_columns(schema: Schema) -> list[str]:
-    """The columns of the log that a schema needs."""
+SPLIT_WINDOW = Window(*((name,) for name in SPLITS))
+"""The window of a run that takes the log's own column `split`."""
+
+
+def log_columns(schema: Schema, split: bool = False) -> list[str]:
+    """The columns of the log that a schema needs, and `split` where that is asked for."""
     names = [USER_ID, ITEM_ID, LABEL, TIMESTAMP] + [field.name for field in schema.row_fields]
     if schema.history_length:
         names.append(HISTORY)
     if schema.truth:
         names.append(schema.truth)
+    if split:
+        names.append(SPLIT)
     return list(dict.fromkeys(names))
 
 
 def list_row_groups(
-    data: str, files: dict[dt.date, list[str]], days: tuple[dt.date, ...], schema: Schema
+    data: str, files: dict[dt.date, list[str]], parts: tuple[Part, ...], schema: Schema
 ) -> list[RowGroup]:
-    """The row groups of `days` in the order of the log, their columns checked against the schema.
+    """The row groups of some days or splits in the order of the log, their columns checked against the schema.
+
+    A row group with rows of several splits is listed for each of them.
 
     Raises:
         UserError: an unreadable file, or a missing or mistyped column.
     """
+    return [
+        group
+        for part in parts
+        for day in ([part] if isinstance(part, dt.date) else files)
+        for path in files[day]
+        for group in _row_groups_of_file(data, path, day, "" if part == day else part, schema)
+    ]
+
+
+def _row_groups_of_file(data: str, path: str, day: dt.date, split: str, schema: Schema) -> list[RowGroup]:
     filesystem_, _ = filesystem(data)
-    groups = []
-    for day in days:
-        for path in files[day]:
-            try:
-                with filesystem_.open_input_file(path) as stream:
-                    metadata = pq.read_metadata(stream)
-            except pa.ArrowInvalid as error:
-                raise UserError(f"{path}: not a readable Parquet file ({error}); restore or remove it") from None
-            check_types(path, metadata.schema.to_arrow_schema(), schema)
-            groups += [
-                RowGroup(day, path, i, metadata.row_group(i).num_rows)
-                for i in range(metadata.num_row_groups)
-                if metadata.row_group(i).num_rows
-            ]
-    return groups
+    try:
+        with filesystem_.open_input_file(path) as stream:
+            metadata = pq.read_metadata(stream)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not a readable Parquet file ({error}); restore or remove it") from None
+    check_types(path, metadata.schema.to_arrow_schema(), schema, split != "")
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    return [
+        RowGroup(day, path, index, group.num_rows, split)
+        for index, group in enumerate(groups)
+        if group.num_rows and not (split and _has_only_others(group, split))
+    ]
 
 
-def check_types(path: str, found: pa.Schema, schema: Schema) -> None:
+def _has_only_others(group: pq.RowGroupMetaData, split: str) -> bool:
+    """Whether the statistics of the column `split` tell that a row group has rows of one other split alone."""
+    for index in range(group.num_columns):
+        column = group.column(index)
+        if column.path_in_schema == SPLIT and column.is_stats_set and column.statistics.has_min_max:
+            found = column.statistics
+            alone = found.min == found.max and found.min in SPLITS and found.has_null_count and not found.null_count
+            return alone and found.min != split
+    return False
+
+
+def check_types(path: str, found: pa.Schema, schema: Schema, split: bool = False) -> None:
     """Raise a UserError for the first missing or mistyped column of a log file."""
-    require_columns(path, log_columns(schema), found.names)
+    if split and SPLIT not in found.names:
+        raise UserError(
+            f"{path}: no column '{SPLIT}', which --split column needs; leave --split out to take the parts from days, "
+            "or prepare the log with a protocol that has a split"
+        )
+    require_columns(path, log_columns(schema, split), found.names)
 
     def is_id(type_: pa.DataType) -> bool:
         type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
@@ -184,16 +241,19 @@ def check_types(path: str, found: pa.Schema, schema: Schema) -> None:
         wanted.append((HISTORY, is_list, "lists of item ids"))
     if schema.truth:
         wanted.append((schema.truth, pa.types.is_floating, "probabilities"))
+    if split:
+        wanted.append((SPLIT, is_id, "strings: train, valid or test"))
     for name, right, expected in wanted:
         if not right(found.field(name).type):
             raise UserError(f"{path}: column '{name}' is of type {found.field(name).type}; expected {expected}")
 
 
 def read_row_group(data: str, group: RowGroup, schema: Schema) -> pa.Table:
-    """One row group, with the schema's columns."""
+    """One row group, with the schema's columns, and `split` where only rows of one are meant."""
     filesystem_, _ = filesystem(data)
+    columns = log_columns(schema, group.split != "")
     with filesystem_.open_input_file(group.path) as stream:
-        return pq.ParquetFile(stream).read_row_group(group.index, columns=log_columns(schema))
+        return pq.ParquetFile(stream).read_row_group(group.index, columns=columns)
 
 
 def first_row(data: str, group: RowGroup) -> int:
@@ -204,23 +264,38 @@ def first_row(data: str, group: RowGroup) -> int:
     return sum(metadata.row_group(index).num_rows for index in range(group.index))
 
 
-def find_faults(table: pa.Table, day: dt.date, catalog: Catalog) -> np.ndarray:
-    """What is wrong with each row: int8 index into REASONS, 0 for a good row, else the first that applies."""
+def find_faults(table: pa.Table, day: dt.date, catalog: Catalog, split: str = "") -> np.ndarray:
+    """What is wrong with each row.
+
+    Args:
+        split: rows of the other splits are `ELSEWHERE`; a row whose split is none of the three counts as one of
+            `train`.
+
+    Returns:
+        int8 index into REASONS: 0 for a good row, else the first that applies; or ELSEWHERE.
+    """
     faults = np.zeros(table.num_rows, np.int8)
     midnight = int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp())
     label, timestamp = table[LABEL].cast(pa.float64(), safe=False), table[TIMESTAMP]
     rows = catalog.ids.lookup(table[ITEM_ID], ITEM_ID)
+    inside = pc.is_valid(timestamp)
+    if day != NO_TIME:
+        inside = pc.and_(pc.greater_equal(timestamp, midnight), pc.less(timestamp, midnight + 86400))
     checks = [
         pc.is_null(table[USER_ID]).to_numpy(),
         pc.is_null(table[ITEM_ID]).to_numpy(),
         ~catalog.present[rows],
         ~pc.fill_null(pc.or_(pc.equal(label, 0.0), pc.equal(label, 1.0)), False).to_numpy(),
-        ~pc.fill_null(
-            pc.and_(pc.greater_equal(timestamp, midnight), pc.less(timestamp, midnight + 86400)), False
-        ).to_numpy(),
+        ~pc.fill_null(inside, False).to_numpy(),
     ]
+    if split:
+        number = pc.fill_null(pc.index_in(table[SPLIT].cast(pa.string()), pa.array(SPLITS)), -1).to_numpy()
+        checks.append(number < 0)
+        others = np.maximum(number, 0) != SPLITS.index(split)
     for code in range(len(checks), 0, -1):
         faults[checks[code - 1]] = code
+    if split:
+        faults[others] = ELSEWHERE
     return faults
 
 
@@ -334,7 +409,7 @@ def read_chunk(
     tables = []
     for group in chunk.groups:
         table = read_row_group(data, group, schema)
-        good = find_faults(table, group.day, catalog) == 0
+        good = find_faults(table, group.day, catalog, group.split) == 0
         tables.append(encode(table.filter(pa.array(good)), schema, vocabularies, catalog, keep))
     if chunk.fillers:
         tables.append(fillers(schema, chunk.fillers))

@@ -1,6 +1,5 @@
 """One pass over new days before training: what is wrong, which ids there are, how often each item stands."""
 
-import datetime as dt
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ctrdist.items import Catalog
-from ctrdist.log import REASONS, RowGroup, find_faults, first_row, list_parts, read_row_group
+from ctrdist.log import REASONS, Part, RowGroup, find_faults, first_row, list_parts, read_row_group
 from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, Schema
 from ctrdist.vocabulary import UNKNOWN, Counts, add_counts, sum_counts, to_keys
 
@@ -20,19 +19,19 @@ class Scan:
     """What a pass over some rows found. Scans add up, in any order.
 
     Args:
-        rows: good rows by day.
+        rows: good rows by day or split.
         clicks: of these, the clicks.
         faults: rows by what is wrong with them (REASONS, without "ok").
         strangers: behaviours in histories of items that are not in `items/`; they count as unknown items.
-        items: catalog rows and good rows of each, by day.
+        items: catalog rows and good rows of each, by day or split.
         ids: distinct values of each user and context field and how often each occurs.
     """
 
-    rows: dict[dt.date, int] = field(default_factory=dict)
-    clicks: dict[dt.date, int] = field(default_factory=dict)
+    rows: dict[Part, int] = field(default_factory=dict)
+    clicks: dict[Part, int] = field(default_factory=dict)
     faults: dict[str, int] = field(default_factory=dict)
     strangers: int = 0
-    items: dict[dt.date, Counts] = field(default_factory=dict)
+    items: dict[Part, Counts] = field(default_factory=dict)
     ids: dict[str, Counts] = field(default_factory=dict)
 
     @property
@@ -62,16 +61,16 @@ def scan_row_group(
         ids: count the values of user and context fields; only rows that will be trained on need it.
     """
     table = read_row_group(data, group, schema)
-    faults = find_faults(table, group.day, catalog)
-    by_fault = np.bincount(faults, minlength=len(REASONS))
+    faults = find_faults(table, group.day, catalog, group.split)
+    by_fault = np.bincount(faults[faults >= 0], minlength=len(REASONS))
     scan = Scan(faults={reason: int(n) for reason, n in zip(REASONS[1:], by_fault[1:], strict=True) if n})
     if scan.quarantined:
         write_quarantine(table, faults, group, first_row(data, group), quarantine)
     good = table.filter(pa.array(faults == 0))
     item_rows = catalog.ids.lookup(good[ITEM_ID], ITEM_ID)
-    scan.rows[group.day] = good.num_rows
-    scan.clicks[group.day] = int(pc.sum(good[LABEL].cast(pa.int64())).as_py() or 0)
-    scan.items[group.day] = sum_counts(item_rows, np.ones(len(item_rows)))
+    scan.rows[group.part] = good.num_rows
+    scan.clicks[group.part] = int(pc.sum(good[LABEL].cast(pa.int64())).as_py() or 0)
+    scan.items[group.part] = sum_counts(item_rows, np.ones(len(item_rows)))
     if schema.history_length:
         _, flat = list_parts(good[HISTORY].combine_chunks())
         scan.strangers = int((catalog.ids.lookup(flat, HISTORY) == UNKNOWN).sum())
@@ -92,17 +91,17 @@ def write_quarantine(table: pa.Table, faults: np.ndarray, group: RowGroup, first
     Args:
         first: rows of the file before this row group, so that `row` counts from the start of the file.
     """
-    bad = np.flatnonzero(faults)
+    bad = np.flatnonzero(faults > 0)
     out = table.take(pa.array(bad))
     out = out.append_column("reason", pa.array([REASONS[code] for code in faults[bad]]))
     out = out.append_column("file", pa.array([group.path] * len(bad)))
     out = out.append_column("row", pa.array(first + bad))
     folder.mkdir(parents=True, exist_ok=True)
     name = Path(group.path).stem
-    pq.write_table(out, folder / f"dt={group.day}.{name}.{group.index}.parquet")
+    pq.write_table(out, folder / f"{group.part}.dt={group.day}.{name}.{group.index}.parquet")
 
 
-def item_counts(scans: dict[dt.date, Counts], days: tuple[dt.date, ...], size: int) -> np.ndarray:
+def item_counts(scans: dict[Part, Counts], days: tuple[Part, ...], size: int) -> np.ndarray:
     """Good rows of each item over `days`, int64 [size], by catalog row."""
     counts = np.zeros(size, np.int64)
     for day in days:

@@ -17,7 +17,9 @@ MULTI = "multi"
 KINDS = (CATEGORICAL, MULTI)
 
 USER_ID, ITEM_ID, LABEL, TIMESTAMP, HISTORY = "user_id", "item_id", "label", "timestamp", "history"
-RESERVED = (LABEL, HISTORY, "item", "filler")  # columns of an encoded row; no field of the log may have their names
+SPLIT = "split"
+# Columns of an encoded row; no field of the log may have their names.
+RESERVED = (LABEL, HISTORY, SPLIT, "item", "filler")
 
 
 @dataclass(frozen=True)

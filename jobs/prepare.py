@@ -3,48 +3,75 @@
     python jobs/prepare.py synthetic --out .demo/data
     python jobs/prepare.py movietweetings --source downloads/movietweetings --out data/movietweetings
 
-A new adapter is one dataclass with `run`, and one line in `Command`.
+A new adapter is one file in `ctrdist/datasets/` with `PROTOCOLS` and `read`, and one line in `ADAPTERS`.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from types import ModuleType
+from typing import Annotated, Literal, Union
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ctrdist.datasets import movietweetings, synthetic
+from ctrdist.datasets import movietweetings, protocol, synthetic
 from ctrdist.datasets.canonical import Summary
 from ctrdist.errors import UserError
 
+ADAPTERS = {
+    "movietweetings": movietweetings,
+}
+"""The public datasets, by the name of their subcommand."""
+
 
 @dataclass(frozen=True)
-class MovieTweetings:
-    """Film ratings from tweets: ratings.dat and movies.dat, with texts of the films if there are any.
+class Public:
+    """A public dataset.
 
     Args:
-        source: folder with the dataset's own ratings.dat and movies.dat.
+        source: folder with the dataset's own files.
         out: folder to write; absent or empty.
-        item_text: JSON lines with item_id and text, for as many films as there are.
-        positive_threshold: a rating from here up (of 0 to 10) is a click.
-        history: what a user's history holds: only the films with a click, or all that the user rated.
-        history_length: at most this many behaviours in a history; 0 writes none.
+        item_text: JSON lines with item_id and text, for as many items as there are.
+        positive_threshold: a rating from here up is a click; the protocol's if not given.
+        core: keep users and items with at least this many rows; the protocol's if not given.
+        split: how rows are dealt to train, valid and test; `day` leaves it to the job's dates. The protocol's if not
+            given.
+        history: what a user's history holds, only clicks or all rows; the protocol's if not given.
+        history_length: at most this many behaviours in a history, 0 writes none; the protocol's if not given.
+        seed: decides sampled negatives and the random split.
     """
 
     source: Path
     out: Path
     item_text: Path | None = None
-    positive_threshold: int = 8
-    history: Literal["positive", "all"] = "positive"
-    history_length: int = 20
+    positive_threshold: float | None = None
+    core: int | None = None
+    split: Literal["day", "time", "last-day", "random", "file"] | None = None
+    history: Literal["positive", "all"] | None = None
+    history_length: int | None = None
+    seed: int = 0
 
     def run(self) -> Summary:
         """Write the dataset."""
-        return movietweetings.prepare(
-            self.source, self.out, self.item_text, self.positive_threshold, self.history_length, self.history
-        )
+        given = {"positive": self.positive_threshold, "core": self.core, "split": self.split,
+                 "history": self.history, "history_length": self.history_length}  # fmt: skip
+        chosen = self.module.PROTOCOLS[self.protocol]
+        chosen = replace(chosen, **{name: value for name, value in given.items() if value is not None})
+        return protocol.write(self.module.read(self.source), chosen, self.out, self.item_text, self.seed)
+
+
+def subcommand(name: str, module: ModuleType) -> type:
+    """The subcommand of an adapter: `Public`, and its protocols by name."""
+    names = tuple(module.PROTOCOLS)
+    help_ = "how rows become clicks and parts: `default` (all rows, split by day), or as in the paper of that name."
+    choice = Annotated[Literal[names], tyro.conf.arg(help=help_)]
+    made = make_dataclass(
+        name, [("protocol", choice, "default")], bases=(Public,), namespace={"module": module}, frozen=True
+    )
+    made.__doc__ = Public.__doc__
+    return Annotated[made, tyro.conf.subcommand(name, description=module.__doc__)]
 
 
 @dataclass(frozen=True)
@@ -64,10 +91,10 @@ class Synthetic:
         return synthetic.prepare(self.config, self.out)
 
 
-Command = (
-    Annotated[MovieTweetings, tyro.conf.subcommand("movietweetings")]
-    | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
-)
+Command = Union[  # noqa: UP007 - made of a dictionary
+    Annotated[Synthetic, tyro.conf.subcommand("synthetic")],
+    *(subcommand(name, module) for name, module in ADAPTERS.items()),
+]
 
 
 def show(summary: Summary, out: Path) -> None:
@@ -82,6 +109,7 @@ def show(summary: Summary, out: Path) -> None:
         ("items", f"{summary.items:,}"),
         ("items with text", f"{summary.items_with_text:,}"),
         ("click rate", f"{summary.positives / summary.rows:.1%}"),
+        *((name, f"{count:,}") for name, count in summary.counts.items()),
         ("rows with history", f"{summary.rows_with_history / summary.rows:.1%}"),
     ):
         table.add_row(name, value)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from ctrdist.config import to_dict
 from ctrdist.errors import UserError
-from ctrdist.log import RowGroup, Window, choose_window, list_days, list_row_groups
+from ctrdist.log import SPLIT_WINDOW, Part, RowGroup, Window, choose_window, list_days, list_row_groups
 from ctrdist.schema import Schema
 from ctrdist.storage import Manifest, State, filesystem, fingerprint
 from raycluster import cluster
@@ -27,6 +28,8 @@ class DayOptions:
         train_days: calendar days in the window.
         valid_days: the last of them, for validation; not trained on in this run.
         test_days: days after the window to test on.
+        split: `days` takes training, validation and test from the calendar; `column` takes them from the log's own
+            column `split`, always from scratch: the options above then have no say, and the release is named `split`.
         from_scratch: train on the whole window even if the state has an earlier day to start from.
         seed: decides every draw.
         workers: training processes; 0 takes as many as the cluster has room for.
@@ -42,6 +45,7 @@ class DayOptions:
     train_days: int = 60
     valid_days: int = 1
     test_days: int = 1
+    split: Literal["days", "column"] = "days"
     from_scratch: bool = False
     seed: int = 0
     workers: int = 0
@@ -49,6 +53,11 @@ class DayOptions:
     tracking_uri: str | None = None
     experiment: str = "cela"
     config: str | None = None
+
+    @property
+    def split_name(self) -> str:
+        """What a run over the log's own splits is named by; "" for a day's run."""
+        return "split" if self.split == "column" else ""
 
     def batch_sizes(self) -> dict[str, int]:
         """Rows of a global batch, by option: what the number of workers must divide."""
@@ -80,15 +89,15 @@ class Day:
     tracker: Tracker | None = None
     run_id: str = ""
     memory: cluster.PeakMemory | None = None
-    _groups: dict[dt.date, list[RowGroup]] = field(default_factory=dict)
+    _groups: dict[Part, list[RowGroup]] = field(default_factory=dict)
 
     @property
-    def date(self) -> dt.date:
-        """Last day of the training window."""
-        return self.window.valid[-1]
+    def date(self) -> Part:
+        """Last day of the training window; `split` for a run over the log's own splits."""
+        return self.options.split_name or self.window.valid[-1]
 
     @property
-    def new_days(self) -> tuple[dt.date, ...]:
+    def new_days(self) -> tuple[Part, ...]:
         """Days of the training window that no earlier day of the state has trained on."""
         trained = self.previous.facts["trained_days"] if self.previous else []
         return tuple(day for day in self.window.train if str(day) not in trained)
@@ -108,8 +117,8 @@ class Day:
         """Name of a stage's output."""
         return f"runs/{self.date}/{stage}"
 
-    def groups(self, days: tuple[dt.date, ...]) -> list[RowGroup]:
-        """The row groups of some days of the log, their columns checked."""
+    def groups(self, days: tuple[Part, ...]) -> list[RowGroup]:
+        """The row groups of some days, or splits, of the log, their columns checked."""
         for day in days:
             if day not in self._groups:
                 self._groups[day] = list_row_groups(self.options.data, self.files, (day,), self.schema)
@@ -200,7 +209,12 @@ def open_day(options: DayOptions) -> Day:
         raise UserError(f"--data {data}: no such folder; make it with jobs/prepare.py")
     schema = Schema.load(f"{data}/schema.yaml")
     files = list_days(data)
-    window = choose_window(list(files), options.date, options.train_days, options.valid_days, options.test_days)
+    if options.split_name:
+        if options.date:
+            raise UserError(f"--date {options.date}: --split column takes no date; leave one of them out")
+        window = SPLIT_WINDOW
+    else:
+        window = choose_window(list(files), options.date, options.train_days, options.valid_days, options.test_days)
     known = state.find("schema")
     if known is not None and known.inputs != schema.fingerprint:
         raise UserError(
@@ -208,7 +222,7 @@ def open_day(options: DayOptions) -> Day:
             f"({schema.fingerprint}), so its models do not fit; give another --state"
         )
     day = Day(replace(options, data=data, state=state.uri), schema, files, window, state, None)
-    if not options.from_scratch:
+    if not (options.from_scratch or options.split_name):
         day.previous = latest_release(state, day.date)
     if not day.new_days:
         raise UserError(

@@ -90,7 +90,7 @@ def scan(reader: LogReader, groups: list[RowGroup], train: set, quarantine: Path
     """One pass over row groups by Ray tasks (`ctrdist.scan`); the results are added as they come.
 
     Args:
-        train: the days whose ids are counted for the vocabularies.
+        train: the days, or splits, whose ids are counted for the vocabularies.
         quarantine: local folder for bad rows.
         tasks: at most this many pieces of work under way at once.
     """
@@ -103,7 +103,7 @@ def scan(reader: LogReader, groups: list[RowGroup], train: set, quarantine: Path
         total = Scan()
         with tempfile.TemporaryDirectory() as folder:
             for group in part:
-                total.add(scan_row_group(reader.data, group, schema, catalog, Path(folder), ids=group.day in train))
+                total.add(scan_row_group(reader.data, group, schema, catalog, Path(folder), ids=group.part in train))
             return total, [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())]
 
     waiting = _pieces(groups)

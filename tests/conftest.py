@@ -9,8 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples each time, however slow the machine.
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("project")
 
 ROOT = Path(__file__).parents[1]
 WORDS = "red blue old new long short funny sad film book story of the a and with war love dog cat house sea".split()

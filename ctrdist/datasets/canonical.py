@@ -1,7 +1,7 @@
 """Writes a log in the one layout that every job reads; the adapters of this folder only bring the columns."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ctrdist.errors import UserError
-from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, TIMESTAMP, USER_ID, Schema
+from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, SPLIT, TIMESTAMP, USER_ID, Schema
 
 SECONDS_A_DAY = 86_400
 ROWS_PER_FILE = 500_000  # keeps the int32 offsets of strings and histories far from their limit
@@ -31,6 +31,7 @@ class Summary:
         items_with_text: items whose `text` column is neither null nor empty.
         best_auc: AUC of the true click probability over all rows, which no model can beat but by luck; None where
             the truth is unknown, nan where all labels are the same.
+        counts: what was handled on the way, such as {"duplicate rows dropped": 12}.
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Summary:
     rows_with_history: int
     items_with_text: int
     best_auc: float | None = None
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 class CanonicalWriter:
@@ -71,16 +73,18 @@ class CanonicalWriter:
         if "text" in items.column_names:
             self.items_with_text = pc.sum(pc.greater(pc.utf8_length(items["text"]), 0)).as_py() or 0
 
-    def write_interactions(self, rows: pa.Table) -> None:
+    def write_interactions(self, rows: pa.Table, timed: bool = True) -> None:
         """Append rows of the log, each to a new file of its UTC day.
 
         Args:
             rows: user_id, item_id, label, timestamp, the schema's user and context fields, `history` and the truth
-                column where the schema has them. Days may come in any order; rows in order of time are cut without
-                a copy.
+                column where the schema has them, `split` where the log has one. Days may come in any order; rows in
+                order of time are cut without a copy.
+            timed: False where `timestamp` is a row number: all rows then are of the day 1970-01-01.
         """
-        rows = rows.select(self._columns().names).cast(self._columns(rows.schema))
-        day = rows[TIMESTAMP].to_numpy() // SECONDS_A_DAY
+        columns = self._columns(rows.schema)
+        rows = rows.select(columns.names).cast(columns)
+        day = rows[TIMESTAMP].to_numpy() // (SECONDS_A_DAY if timed else np.iinfo(np.int64).max)
         if np.any(day[1:] < day[:-1]):
             order = np.argsort(day, kind="stable")
             rows, day = rows.take(order), day[order]
@@ -96,25 +100,27 @@ class CanonicalWriter:
         if self.schema.history_length:
             self.rows_with_history += pc.sum(pc.greater(pc.list_value_length(rows[HISTORY]), 0)).as_py() or 0
 
-    def finish(self, users: int, best_auc: float | None = None) -> Summary:
+    def finish(self, users: int, best_auc: float | None = None, counts: dict[str, int] | None = None) -> Summary:
         """Write `schema.yaml` and sum up; `users` is the count of distinct users of the log."""
         self.schema.save(self.out / "schema.yaml")
         return Summary(
             rows=self.rows, days=len(self._files_of_day), users=users, items=self.items, positives=self.positives,
             rows_with_history=self.rows_with_history, items_with_text=self.items_with_text, best_auc=best_auc,
+            counts=counts or {},
         )  # fmt: skip
 
-    def _columns(self, found: pa.Schema | None = None) -> pa.Schema:
-        """Columns of the log with their types; other fields than the fixed ones keep an integer type if `found`."""
+    def _columns(self, found: pa.Schema) -> pa.Schema:
+        """Columns of the log with their types; other fields than the fixed ones keep an integer type."""
         columns = {USER_ID: pa.string(), ITEM_ID: pa.string(), LABEL: pa.int8(), TIMESTAMP: pa.int64()}
-        for field in self.schema.row_fields:
-            value = pa.list_(pa.string()) if field.kind == MULTI else pa.string()
-            kept = found.field(field.name).type if found is not None else value
-            columns.setdefault(field.name, kept if pa.types.is_integer(kept) else value)
+        for column in self.schema.row_fields:
+            value, kept = pa.list_(pa.string()) if column.kind == MULTI else pa.string(), found.field(column.name).type
+            columns.setdefault(column.name, kept if pa.types.is_integer(kept) else value)
         if self.schema.history_length:
             columns[HISTORY] = pa.list_(pa.string())
         if self.schema.truth:
             columns[self.schema.truth] = pa.float64()
+        if SPLIT in found.names:
+            columns[SPLIT] = pa.string()
         return pa.schema(columns)
 
 

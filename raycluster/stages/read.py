@@ -1,6 +1,5 @@
 """The first stage: check every row, grow the vocabularies, number the items."""
 
-import datetime as dt
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from ctrdist.errors import UserError
 from ctrdist.items import ItemTexts, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
-from ctrdist.log import file_facts
+from ctrdist.log import Part, file_facts
 from ctrdist.scan import Scan, item_counts
 from ctrdist.storage import Manifest, fingerprint
 from ctrdist.vocabulary import Vocabulary, load_vocabularies, save_vocabularies
@@ -16,7 +15,7 @@ from raycluster import ingest
 from raycluster.day import Day, say
 from raycluster.ingest import LogReader
 
-Days = tuple[dt.date, ...]
+Days = tuple[Part, ...]
 
 
 @dataclass
@@ -27,7 +26,7 @@ class Read:
         output: the output with schema, vocabularies, catalog and texts.
         train: days that are trained on now: those of the window that no earlier day has trained on.
         counts: training rows of each item in the whole window, by catalog row.
-        rows: good rows by day.
+        rows: good rows by day or split.
         faults: bad rows by reason.
         strangers: behaviours in histories of items that are not in `items/`.
         quarantine: folder of the bad rows, if any.

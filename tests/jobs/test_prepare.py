@@ -7,6 +7,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 
+PUBLIC = ("--source", "--item-text", "--out", "--protocol", "--positive-threshold", "--core", "--split", "--history")
+
+
 def prepare(*arguments):
     command = [sys.executable, str(REPOSITORY / "jobs" / "prepare.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
@@ -15,7 +18,10 @@ def prepare(*arguments):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("movietweetings", ("--source", "--item-text", "--out", "--positive-threshold", "--history-length")),
+        (
+            "movietweetings",
+            ("--source", "--item-text", "--out", "--protocol", "--positive-threshold", "--split", "--history-length"),
+        ),
         ("synthetic", ("--out", "--users", "--rows-per-day", "--start", "--seed", "--strength")),
     ],
 )

@@ -1,10 +1,13 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from ctrdist.datasets.movietweetings import prepare
+from ctrdist.datasets.canonical import Summary
+from ctrdist.datasets.movietweetings import PROTOCOLS, read
+from ctrdist.datasets.protocol import write
 from ctrdist.errors import UserError
 from ctrdist.schema import Schema
 
@@ -30,14 +33,18 @@ def source(tmp_path):
     return folder
 
 
-def read(out):
+def prepare(source: Path, out: Path, item_text: Path | None = None, **options) -> Summary:
+    return write(read(source), replace(PROTOCOLS["default"], **options), out, item_text)
+
+
+def rows_of(out):
     return ds.dataset(out / "interactions").to_table().sort_by("timestamp").to_pylist()
 
 
 def test_columns_labels_and_days(source, tmp_path):
     out = tmp_path / "out"
     summary = prepare(source, out, source / "texts.jsonl")
-    rows = read(out)
+    rows = rows_of(out)
     assert [row["item_id"] for row in rows] == ["0000007", "0000404", "0000009", "0000007", "0000008"]
     assert [row["label"] for row in rows] == [1, 1, 0, 1, 1]
     assert [row["history"] for row in rows] == [[], ["0000007"], ["0000007"], [], ["0000007"]]
@@ -56,11 +63,11 @@ def test_columns_labels_and_days(source, tmp_path):
 
 def test_history_of_all_ratings_and_its_length(source, tmp_path):
     prepare(source, tmp_path / "all", history="all")
-    assert read(tmp_path / "all")[-1]["history"] == ["0000007", "0000009"]
+    assert rows_of(tmp_path / "all")[-1]["history"] == ["0000007", "0000009"]
     prepare(source, tmp_path / "one", history="all", history_length=1)
-    assert read(tmp_path / "one")[-1]["history"] == ["0000009"]
+    assert rows_of(tmp_path / "one")[-1]["history"] == ["0000009"]
     prepare(source, tmp_path / "none", history_length=0)
-    assert "history" not in read(tmp_path / "none")[-1]
+    assert "history" not in rows_of(tmp_path / "none")[-1]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +80,7 @@ def test_history_of_all_ratings_and_its_length(source, tmp_path):
         ("ratings.dat", "", r"ratings\.dat: the file is empty"),
         ("movies.dat", "0000007::A (1913)::\n0000007::B (1914)::\n", r"movies\.dat: line 2: the item is '0000007'"),
         ("texts.jsonl", '{"item_id": 7, "text": "x"}\n', r"texts\.jsonl: line 1: expected a JSON object"),
-        ("texts.jsonl", '{"item_id": "7", "text": "x"}\n', "are the two of one dataset"),
+        ("texts.jsonl", '{"item_id": "7", "text": "x"}\n', "no text is of an item of this dataset"),
     ],
 )
 def test_malformed_line_is_named(source, tmp_path, name, content, message):
@@ -83,13 +90,11 @@ def test_malformed_line_is_named(source, tmp_path, name, content, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_file_encoding_and_options(source, tmp_path):
+def test_missing_file_and_encoding(source, tmp_path):
     with pytest.raises(UserError, match=r"movies\.dat: no such file"):
         prepare(tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match="positive_threshold: 11"):
-        prepare(source, tmp_path / "out", positive_threshold=11)
     (source / "movies.dat").write_bytes(b"1::Fant\xf4mas (1913)::\n")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="not utf-8"):
         prepare(source, tmp_path / "out")
 
 

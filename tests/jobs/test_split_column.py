@@ -1,0 +1,74 @@
+"""The daily job over the parts that a log brings itself."""
+
+import datetime as dt
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from ctrdist.datasets.protocol import Protocol, Raw, write
+from ctrdist.errors import UserError
+from ctrdist.schema import Field
+from ctrdist.storage import State
+from ctrdist.tasks.align import AlignConfig
+from ctrdist.tasks.click import ClickConfig
+from ctrdist.tasks.pretrain import PretrainConfig
+from raycluster.encoder import EncodeConfig
+from raycluster.stages.language import LanguageModelConfig
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("cela_daily_by_split", ROOT / "jobs" / "cela_daily.py")
+JOB = importlib.util.module_from_spec(SPEC)
+sys.modules["cela_daily_by_split"] = JOB
+SPEC.loader.exec_module(JOB)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A log without time, in parts by file order."""
+    draw, rows = np.random.default_rng(0), 900
+    log = {"user_id": [f"u{n}" for n in draw.integers(0, 40, rows)], "rating": draw.integers(0, 11, rows),
+           "item_id": [f"i{n}" for n in draw.integers(0, 30, rows)]}  # fmt: skip
+    items = pa.table({"item_id": [f"i{n}" for n in range(30)], "text": [f"red book {n}" for n in range(30)]})
+    raw = Raw(pa.table(log), items, item=(Field("item_id"),), text=("{text}",))
+    out = tmp_path_factory.mktemp("split") / "data"
+    write(raw, Protocol(positive=6, split="file"), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def options(data, tiny_lm):
+    return JOB.CelaOptions(
+        data=str(data), state=str(data.parent / "state"), split="column", workers=1,
+        lm=LanguageModelConfig(name=str(tiny_lm), pooling="mean", precision="float32"),
+        ctr=ClickConfig(backbone="dcnv2", epochs=1, batch_size=256, dim=8), pretrain=PretrainConfig(epochs=0),
+        align=AlignConfig(epochs=1, max_length=16, batch_size=16),
+        encode=EncodeConfig(max_length=16, precision="float32"),
+    )  # fmt: skip
+
+
+def test_a_run_over_the_logs_own_splits(ray_cluster, options, data, capsys):
+    JOB.run(options)
+    report = json.loads((Path(options.state) / "releases" / "split" / "report.json").read_text())
+    assert report["date"] == "split" and Path(report["release"]).name == "split"
+    assert {name: report["rows"][name] for name in ("train", "valid", "test")} == {
+        "train": 720, "valid": 90, "test": 90
+    }  # fmt: skip
+    output = State(options.state).find("runs/split/evaluate")
+    scored = pq.read_table(State(options.state).local(output.name) / "predictions.parquet")
+    test = ds.dataset(data / "interactions").to_table(filter=ds.field("split") == "test")
+    assert sorted(scored["raw.user_id"].to_pylist()) == sorted(test["user_id"].to_pylist())
+    JOB.run(options)
+    assert "split is complete" in capsys.readouterr().out
+
+
+def test_a_date_and_the_column_exclude_each_other(options):
+    with pytest.raises(UserError, match="--date 1970-01-01: --split column takes no date"):
+        JOB.run(replace(options, date=dt.date(1970, 1, 1)))
