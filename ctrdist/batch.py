@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ctrdist.items import Catalog, Ragged
 from ctrdist.log import FILLER, ITEM, list_parts
-from ctrdist.schema import CATEGORICAL, HISTORY, LABEL, Schema
-from ctrdist.vocabulary import PADDING
+from ctrdist.schema import HISTORY, LABEL, MULTI, Schema
+from ctrdist.vocabulary import FIRST_ROW, PADDING, UNKNOWN
 
 
 @dataclass
@@ -22,15 +22,22 @@ class Lookup:
         rows: int64 [R], distinct table rows, ascending.
         index: int64 [n] into `rows`, one a value.
         offsets: None for one value each; else int64 [m + 1], the values of bag i are `index[offsets[i]:offsets[i+1]]`.
+        factors: None, or float32 [n], what each value's vector is multiplied by: a numeric field's numbers.
     """
 
     rows: Tensor
     index: Tensor
     offsets: Tensor | None = None
+    factors: Tensor | None = None
 
     @classmethod
     def of(cls, values: np.ndarray | Ragged) -> "Lookup":
-        """The look-up of one value, or one bag of values, for each of n things."""
+        """The look-up of one row, one bag of rows, or one number (floats, NaN if missing), for each of n things."""
+        if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+            known = ~np.isnan(values)
+            factors = np.where(known, values, 1).astype(np.float32)
+            rows = torch.tensor([UNKNOWN, FIRST_ROW])
+            return cls(rows, torch.from_numpy(known.astype(np.int64)), None, torch.from_numpy(factors))
         flat = values.values if isinstance(values, Ragged) else values
         rows, index = np.unique(flat, return_inverse=True)
         offsets = torch.from_numpy(np.asarray(values.offsets)) if isinstance(values, Ragged) else None
@@ -69,7 +76,7 @@ class Batch:
             if isinstance(value, Tensor):
                 return value.to(device, non_blocking=True)
             if isinstance(value, Lookup):
-                return Lookup(move(value.rows), move(value.index), move(value.offsets))
+                return Lookup(*map(move, (value.rows, value.index, value.offsets, value.factors)))
             if isinstance(value, dict):
                 return {name: move(part) for name, part in value.items()}
             return value
@@ -91,11 +98,11 @@ def collate(table: pa.Table, schema: Schema, catalog: Catalog, text_table: np.nd
     row_fields = {}
     for field in schema.row_fields:
         column = table[field.name].combine_chunks()
-        if field.kind == CATEGORICAL:
-            row_fields[field.name] = Lookup.of(column.to_numpy())
-        else:
+        if field.kind == MULTI:
             offsets, flat = list_parts(column)
             row_fields[field.name] = Lookup.of(Ragged(flat.to_numpy(), offsets))
+        else:
+            row_fields[field.name] = Lookup.of(column.to_numpy())
     target = table[ITEM].to_numpy()
     length = schema.history_length
     history = table[HISTORY].combine_chunks().flatten().to_numpy() if length else np.empty(0, np.int32)

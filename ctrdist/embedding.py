@@ -55,14 +55,16 @@ class EmbeddingTable(nn.Module):
             setattr(self, name, torch.cat([getattr(self, name), state]))
 
     def forward(self, lookup: Lookup) -> Tensor:
-        """Vectors of each value [n, dim], or the mean of each bag [m, dim] (zeros for an empty one)."""
+        """Vectors of each value [n, dim], times its factor if there is one, or the mean of each bag [m, dim] (zeros for
+        an empty one)."""
         rows = self.weight[lookup.rows]
         if torch.is_grad_enabled():
             rows.requires_grad_()
             self._pending.append((lookup.rows, rows))
-        if lookup.offsets is None:
-            return F.embedding(lookup.index, rows)
-        return bag_mean(F.embedding(lookup.index, rows), lookup.offsets)
+        values = F.embedding(lookup.index, rows)
+        if lookup.factors is not None:
+            values = values * lookup.factors.to(values.dtype).unsqueeze(1)
+        return values if lookup.offsets is None else bag_mean(values, lookup.offsets)
 
     @torch.no_grad()
     def push(self, group: Group, lr_scale: float = 1.0) -> None:

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from ctrdist.batch import collate, load_text_table
 from ctrdist.config import from_dict, to_dict
 from ctrdist.errors import UserError
+from ctrdist.fields import load_encoders
 from ctrdist.items import Catalog
 from ctrdist.log import encode
-from ctrdist.schema import HISTORY, ITEM_ID, LABEL, Schema
+from ctrdist.schema import HISTORY, ITEM_ID, LABEL, NUMERIC, Schema
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig
-from ctrdist.vocabulary import load_vocabularies
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
@@ -88,7 +88,7 @@ class Release:
 
     def __init__(self, folder: Path) -> None:
         self.schema = Schema.load(folder / "schema.yaml")
-        self.vocabularies = load_vocabularies(folder / "vocabulary")
+        self.vocabularies = load_encoders(folder / "vocabulary")
         self.catalog = Catalog.load(folder / "catalog", self.schema)
         self.text_table = load_text_table(folder)
         self.model = load_click_model(folder / "cela", self.schema)
@@ -122,7 +122,8 @@ class Release:
         return names + ([HISTORY] if self.schema.history_length else [])
 
     def predict_frame(self, frame: pd.DataFrame) -> np.ndarray:
-        """`predict` for a DataFrame. Whole floats count as integers: pandas makes them of integers beside a null."""
-        floats = [name for name in self.columns if name in frame and pd.api.types.is_float_dtype(frame[name])]
+        """`predict` for a DataFrame. Whole floats are integer ids: pandas makes them of integers beside a null."""
+        ids = [f.name for f in self.schema.row_fields if f.kind != NUMERIC] + [ITEM_ID]
+        floats = [name for name in ids if name in frame and pd.api.types.is_float_dtype(frame[name])]
         frame = frame.astype({name: "Int64" for name in floats})
         return self.predict(pa.Table.from_pandas(frame, preserve_index=False))

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ctrdist.errors import UserError, nearest
+from ctrdist.fields import Encoder, new_encoder
 from ctrdist.language.texts import join_texts
-from ctrdist.schema import CATEGORICAL, ITEM_ID, Schema
+from ctrdist.numeric import sample_values, to_numbers
+from ctrdist.schema import ITEM_ID, MULTI, NUMERIC, Schema
 from ctrdist.storage import filesystem
 from ctrdist.vocabulary import UNKNOWN, Vocabulary, sum_counts, to_keys
 
@@ -43,7 +45,8 @@ class Catalog:
     Args:
         ids: item id -> catalog row.
         present: bool [rows], whether the item is in today's `items/` (an item may have left it since).
-        fields: by name, the vocabulary row of every item, int32 [rows], or a `Ragged` of them; padding at row 0.
+        fields: by name, the vocabulary row of every item, int32 [rows], a `Ragged` of them, or a number, float32 and
+            NaN if missing; padding at row 0.
     """
 
     ids: Vocabulary
@@ -76,7 +79,7 @@ class Catalog:
         """Memory-map what `save` wrote."""
         fields: dict[str, np.ndarray | Ragged] = {}
         for field in schema.item:
-            if field.kind == CATEGORICAL:
+            if field.kind != MULTI:
                 fields[field.name] = np.load(folder / f"field.{field.name}.npy", mmap_mode="r")
             else:
                 parts = (
@@ -138,9 +141,9 @@ def grow_catalog_ids(items: pa.Table, ids: Vocabulary) -> Vocabulary:
 
 
 def grow_item_vocabularies(
-    items: pa.Table, item_rows: np.ndarray, item_counts: np.ndarray, schema: Schema, vocabularies: dict[str, Vocabulary]
-) -> dict[str, Vocabulary]:
-    """Vocabularies of the item fields, grown by the values of items that have training rows.
+    items: pa.Table, item_rows: np.ndarray, item_counts: np.ndarray, schema: Schema, vocabularies: dict[str, Encoder]
+) -> dict[str, Encoder]:
+    """Encoders of the item fields, grown by the values of items that have training rows.
 
     Args:
         item_rows: catalog row of each row of `items`.
@@ -151,26 +154,30 @@ def grow_item_vocabularies(
     trained = np.flatnonzero(counts)
     for field in schema.item:
         values, counts_of_values = items[field.name].take(pa.array(trained)).combine_chunks(), counts[trained]
-        if field.kind != CATEGORICAL:
+        encoder = grown.get(field.name) or new_encoder(field)
+        if field.kind == NUMERIC:
+            grown[field.name] = encoder.fit(sample_values(to_numbers(values, field.name), 0), field.buckets)
+            continue
+        if field.kind == MULTI:
             _require_list(values.type, field.name)
             parents = pc.list_parent_indices(values).to_numpy(zero_copy_only=False)
             values, counts_of_values = pc.list_flatten(values), counts_of_values[parents]
         known = values.is_valid().to_numpy(zero_copy_only=False)
         keys, sums = sum_counts(to_keys(values.drop_null(), field.name), counts_of_values[known])
-        grown[field.name] = grown.get(field.name, Vocabulary()).grow(keys, sums, field.min_count, field.name)
+        grown[field.name] = encoder.grow(keys, sums, field.min_count, field.name)
     return grown
 
 
-def build_catalog(items: pa.Table, ids: Vocabulary, schema: Schema, vocabularies: dict[str, Vocabulary]) -> Catalog:
-    """The catalog of `items`: fields as vocabulary rows, by catalog row."""
+def build_catalog(items: pa.Table, ids: Vocabulary, schema: Schema, vocabularies: dict[str, Encoder]) -> Catalog:
+    """The catalog of `items`: encoded fields by catalog row."""
     rows = ids.lookup(items[ITEM_ID], ITEM_ID)
     present = np.zeros(ids.size, bool)
     present[rows] = True
     fields: dict[str, np.ndarray | Ragged] = {}
     for field in schema.item:
         column, vocabulary = items[field.name].combine_chunks(), vocabularies[field.name]
-        if field.kind == CATEGORICAL:
-            by_row = np.full(ids.size, UNKNOWN, np.int32)
+        if field.kind != MULTI:
+            by_row = np.full(ids.size, np.nan, np.float32) if field.is_value else np.full(ids.size, UNKNOWN, np.int32)
             by_row[0] = 0
             by_row[rows] = vocabulary.lookup(column, field.name)
             fields[field.name] = by_row

@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ctrdist.errors import UserError
+from ctrdist.fields import Encoder
 from ctrdist.items import Catalog, require_columns
-from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, SPLIT, TIMESTAMP, USER_ID, Schema
+from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, SPLIT, TIMESTAMP, USER_ID, Schema
 from ctrdist.storage import filesystem
-from ctrdist.vocabulary import UNKNOWN, Vocabulary
+from ctrdist.vocabulary import UNKNOWN
 
 REASONS = (
     "ok", "null user_id", "null item_id", "item not in items/", "label not 0 or 1", "timestamp outside its day",
@@ -232,11 +233,12 @@ def check_types(path: str, found: pa.Schema, schema: Schema, split: bool = False
         (TIMESTAMP, pa.types.is_integer, "integers: seconds UTC"),
     ]
     for field in schema.row_fields:
-        wanted.append(
-            (field.name, is_id, "strings or integers")
-            if field.kind == CATEGORICAL
-            else (field.name, is_list, "lists of strings or integers")
-        )
+        if field.kind == MULTI:
+            wanted.append((field.name, is_list, "lists of strings or integers"))
+        elif field.kind == NUMERIC:
+            wanted.append((field.name, is_number, "numbers"))
+        else:
+            wanted.append((field.name, is_id, "strings or integers"))
     if schema.history_length:
         wanted.append((HISTORY, is_list, "lists of item ids"))
     if schema.truth:
@@ -300,14 +302,14 @@ def find_faults(table: pa.Table, day: dt.date, catalog: Catalog, split: str = ""
 
 
 def encode(
-    table: pa.Table, schema: Schema, vocabularies: dict[str, Vocabulary], catalog: Catalog, keep: tuple[str, ...] = ()
+    table: pa.Table, schema: Schema, vocabularies: dict[str, Encoder], catalog: Catalog, keep: tuple[str, ...] = ()
 ) -> pa.Table:
     """Good rows as integers: what is streamed to the trainers.
 
     Returns:
         Columns `label` (float32), `item` (int32 catalog row), `history` (fixed-size list of int32 catalog rows, oldest
-        first, padding at the end), each user and context field (int32 row, or a list of them), `filler` (bool, false),
-        and each column named in `keep` as it is, under the name `raw.` and its own.
+        first, padding at the end), each user and context field (int32 row, a list of them, or a float32 number, NaN if
+        missing), `filler` (bool, false), and each column named in `keep` as it is, under the name `raw.` and its own.
     """
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
         LABEL: table[LABEL].cast(pa.float32()),
@@ -316,11 +318,11 @@ def encode(
     }
     for field in schema.row_fields:
         values, vocabulary = table[field.name].combine_chunks(), vocabularies[field.name]
-        if field.kind == CATEGORICAL:
-            columns[field.name] = pa.array(vocabulary.lookup(values, field.name))
-        else:
+        if field.kind == MULTI:
             offsets, flat = list_parts(values)
             columns[field.name] = pa.LargeListArray.from_arrays(offsets, vocabulary.lookup(flat, field.name))
+        else:
+            columns[field.name] = pa.array(vocabulary.lookup(values, field.name))
     if schema.history_length:
         rows = recent_rows(table[HISTORY].combine_chunks(), catalog, schema.history_length)
         columns[HISTORY] = pa.FixedSizeListArray.from_arrays(rows.ravel(), schema.history_length)
@@ -356,11 +358,12 @@ def fillers(schema: Schema, count: int) -> pa.Table:
         FILLER: pa.array(np.ones(count, bool)),
     }
     for field in schema.row_fields:
-        columns[field.name] = (
-            pa.array(np.full(count, UNKNOWN, np.int32))
-            if field.kind == CATEGORICAL
-            else pa.LargeListArray.from_arrays(np.zeros(count + 1, np.int64), np.empty(0, np.int32))
-        )
+        if field.kind == MULTI:
+            empty = pa.LargeListArray.from_arrays(np.zeros(count + 1, np.int64), np.empty(0, np.int32))
+            columns[field.name] = empty
+        else:
+            missing = np.full(count, np.nan, np.float32) if field.is_value else np.full(count, UNKNOWN, np.int32)
+            columns[field.name] = pa.array(missing)
     if schema.history_length:
         columns[HISTORY] = pa.FixedSizeListArray.from_arrays(
             np.zeros(count * schema.history_length, np.int32), schema.history_length
@@ -401,7 +404,7 @@ def read_chunk(
     data: str,
     chunk: Chunk,
     schema: Schema,
-    vocabularies: dict[str, Vocabulary],
+    vocabularies: dict[str, Encoder],
     catalog: Catalog,
     keep: tuple[str, ...] = (),
 ) -> Iterator[pa.Table]:

@@ -1,5 +1,6 @@
 """One pass over new days before training: what is wrong, which ids there are, how often each item stands."""
 
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pyarrow.parquet as pq
 
 from ctrdist.items import Catalog
 from ctrdist.log import REASONS, Part, RowGroup, find_faults, first_row, list_parts, read_row_group
-from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, Schema
+from ctrdist.numeric import Sample, add_samples, sample_values, to_numbers
+from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, Schema
 from ctrdist.vocabulary import UNKNOWN, Counts, add_counts, sum_counts, to_keys
 
 
@@ -25,6 +27,7 @@ class Scan:
         strangers: behaviours in histories of items that are not in `items/`; they count as unknown items.
         items: catalog rows and good rows of each, by day or split.
         ids: distinct values of each user and context field and how often each occurs.
+        samples: an even sample of each numeric one.
     """
 
     rows: dict[Part, int] = field(default_factory=dict)
@@ -33,6 +36,7 @@ class Scan:
     strangers: int = 0
     items: dict[Part, Counts] = field(default_factory=dict)
     ids: dict[str, Counts] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
 
     @property
     def quarantined(self) -> int:
@@ -49,6 +53,8 @@ class Scan:
             mine = getattr(self, name)
             for key, counts in getattr(other, name).items():
                 mine[key] = add_counts(mine[key], counts, str(key)) if key in mine else counts
+        for key, sample in other.samples.items():
+            self.samples[key] = add_samples(self.samples[key], sample) if key in self.samples else sample
         self.strangers += other.strangers
 
 
@@ -76,7 +82,11 @@ def scan_row_group(
         scan.strangers = int((catalog.ids.lookup(flat, HISTORY) == UNKNOWN).sum())
     for schema_field in schema.row_fields if ids else ():
         values = good[schema_field.name].combine_chunks()
-        if schema_field.kind != CATEGORICAL:
+        if schema_field.kind == NUMERIC:
+            piece = zlib.crc32(f"{schema_field.name} {group.path} {group.index} {group.split}".encode())
+            scan.samples[schema_field.name] = sample_values(to_numbers(values, schema_field.name), piece)
+            continue
+        if schema_field.kind == MULTI:
             values = pc.list_flatten(values)
         found = pc.value_counts(values.drop_null())
         scan.ids[schema_field.name] = sum_counts(

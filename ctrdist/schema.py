@@ -14,7 +14,10 @@ from ctrdist.storage import filesystem
 
 CATEGORICAL = "categorical"
 MULTI = "multi"
-KINDS = (CATEGORICAL, MULTI)
+NUMERIC = "numeric"
+OPTIONS = {CATEGORICAL: ("min_count",), MULTI: ("min_count",), NUMERIC: ("scale", "buckets")}
+"""Kinds of fields, and the options of each."""
+SCALES = ("quantile", "log")
 
 USER_ID, ITEM_ID, LABEL, TIMESTAMP, HISTORY = "user_id", "item_id", "label", "timestamp", "history"
 SPLIT = "split"
@@ -28,13 +31,23 @@ class Field:
 
     Args:
         name: column of the Parquet files it is read from.
-        kind: `categorical` (one value, string or integer) or `multi` (a list of values, mean-pooled).
+        kind: `categorical` (one value, string or integer), `multi` (a list of values, mean-pooled) or `numeric`.
         min_count: values with fewer training rows than this share the unknown row, which is so trained.
+        scale: of a number: `quantile` puts it into one of `buckets` of like size, each with a vector of its own;
+            `log` multiplies one vector by sign(x) log(1 + |x|). A missing number has a vector of its own.
+        buckets: for `quantile`, at most this many.
     """
 
     name: str
     kind: str = CATEGORICAL
     min_count: int = 1
+    scale: str = "quantile"
+    buckets: int = 32
+
+    @property
+    def is_value(self) -> bool:
+        """Whether an encoded value is a number that multiplies a vector, not the row of one."""
+        return self.kind == NUMERIC and self.scale == "log"
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,9 @@ class Schema:
         for name in [field.name for side in ("user", "context") for field in sides[side]]:
             if name in RESERVED:
                 raise UserError(f"{source}: a field of the log cannot have the name '{name}'; rename that column")
+        for key in (USER_ID, ITEM_ID):
+            if any(field.name == key and field.kind != CATEGORICAL for fields in sides.values() for field in fields):
+                raise UserError(f"{source}: '{key}' is an id; its kind is categorical")
         if ITEM_ID not in [field.name for field in sides["item"]]:
             raise UserError(f"{source}: item: '{ITEM_ID}' is missing; it is the key of items/ and a field of its own")
         length = content.get("history_length", 0)
@@ -131,7 +147,10 @@ class Schema:
     def save(self, path: str | Path) -> None:
         """Write `schema.yaml`, in the form that `load` reads."""
         content: dict[str, Any] = {
-            side: {f.name: {"kind": f.kind, "min_count": f.min_count} for f in getattr(self, side)}
+            side: {
+                f.name: {"kind": f.kind} | {name: getattr(f, name) for name in OPTIONS[f.kind]}
+                for f in getattr(self, side)
+            }
             for side in ("user", "item", "context")
         }
         content |= {"history_length": self.history_length, "text": list(self.text), "truth": self.truth}
@@ -156,14 +175,20 @@ def _fields(content: Any, source: str) -> tuple[Field, ...]:
     for name, options in content.items():
         options = {"kind": options} if isinstance(options, str) else options
         if not isinstance(options, dict):
-            raise UserError(f"{source}: {name}: expected a kind ({' or '.join(KINDS)}), found {options!r}")
+            raise UserError(f"{source}: {name}: expected a kind ({', '.join(OPTIONS)}), found {options!r}")
+        kind = options.get("kind", CATEGORICAL)
+        if kind not in OPTIONS:
+            raise UserError(f"{source}: {name}: unknown kind '{kind}'; {nearest(str(kind), OPTIONS)}")
+        known = ("kind", *OPTIONS[kind])
         for key in options:
-            if key not in ("kind", "min_count"):
-                raise UserError(f"{source}: {name}: unknown key '{key}'; {nearest(str(key), ('kind', 'min_count'))}")
+            if key not in known:
+                raise UserError(f"{source}: {name}: unknown key '{key}' of a {kind} field; {nearest(str(key), known)}")
         field = Field(str(name), **options)
-        if field.kind not in KINDS:
-            raise UserError(f"{source}: {name}: unknown kind '{field.kind}'; {nearest(str(field.kind), KINDS)}")
-        if type(field.min_count) is not int or field.min_count < 1:
-            raise UserError(f"{source}: {name}: min_count: {field.min_count!r} is not a whole number of 1 or more")
+        for key, least in (("min_count", 1), ("buckets", 2)):
+            value = getattr(field, key)
+            if type(value) is not int or value < least:
+                raise UserError(f"{source}: {name}: {key}: {value!r} is not a whole number of {least} or more")
+        if field.scale not in SCALES:
+            raise UserError(f"{source}: {name}: unknown scale '{field.scale}'; {nearest(str(field.scale), SCALES)}")
         fields.append(field)
     return tuple(fields)

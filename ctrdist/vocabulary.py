@@ -166,15 +166,3 @@ def _require_same_kind(before: np.ndarray, keys: np.ndarray, column: str) -> Non
             f"column '{column}': ids are {names[keys.dtype.kind]}, but {names[before.dtype.kind]} before; "
             "keep one type for a column, or start a new state folder"
         )
-
-
-def save_vocabularies(vocabularies: dict[str, Vocabulary], folder: Path) -> None:
-    """One sub-folder a vocabulary, by its name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, vocabulary in vocabularies.items():
-        vocabulary.save(folder / name)
-
-
-def load_vocabularies(folder: Path) -> dict[str, Vocabulary]:
-    """What `save_vocabularies` wrote, memory-mapped."""
-    return {path.name: Vocabulary.load(path) for path in sorted(folder.iterdir()) if path.is_dir()}

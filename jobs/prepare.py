@@ -16,11 +16,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ctrdist.datasets import movietweetings, protocol, synthetic
+from ctrdist.datasets import movielens, movielens_1m, movietweetings, protocol, synthetic
 from ctrdist.datasets.canonical import Summary
 from ctrdist.errors import UserError
 
 ADAPTERS = {
+    "movielens-1m": movielens_1m,
+    "movielens": movielens,
     "movietweetings": movietweetings,
 }
 """The public datasets, by the name of their subcommand."""

@@ -10,12 +10,12 @@ import ray
 import ray.data
 from ray.train import DataConfig
 
+from ctrdist.fields import Encoder, load_encoders
 from ctrdist.items import Catalog
 from ctrdist.log import Chunk, RowGroup, read_chunk
 from ctrdist.scan import Scan, scan_row_group
 from ctrdist.schema import Schema
 from ctrdist.storage import State
-from ctrdist.vocabulary import Vocabulary, load_vocabularies
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LogReader:
     state: str
     output: str
 
-    def open(self) -> tuple[Schema, dict[str, Vocabulary], Catalog]:
+    def open(self) -> tuple[Schema, dict[str, Encoder], Catalog]:
         """Schema, vocabularies and catalog."""
         return _open(self.state, self.output)
 
@@ -43,10 +43,10 @@ class LogReader:
 
 
 @lru_cache(maxsize=2)
-def _open(state: str, output: str) -> tuple[Schema, dict[str, Vocabulary], Catalog]:
+def _open(state: str, output: str) -> tuple[Schema, dict[str, Encoder], Catalog]:
     folder = State(state).local(output)
     schema = Schema.load(folder / "schema.yaml")
-    return schema, load_vocabularies(folder / "vocabulary"), Catalog.load(folder / "catalog", schema)
+    return schema, load_encoders(folder / "vocabulary"), Catalog.load(folder / "catalog", schema)
 
 
 def stream(reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tuple[str, ...] = ()) -> ray.data.Dataset:

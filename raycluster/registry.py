@@ -107,6 +107,8 @@ def signature(day: Day, release: Release) -> Any:
         if pa.types.is_list(type_) or pa.types.is_large_list(type_):
             return Array(kind(type_.value_type))
         type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
+        if pa.types.is_floating(type_):
+            return DataType.double
         return DataType.long if pa.types.is_integer(type_) else DataType.string
 
     inputs = [ColSpec(kind(found.field(name).type), name) for name in release.columns]

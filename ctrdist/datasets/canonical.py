@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ctrdist.errors import UserError
-from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, SPLIT, TIMESTAMP, USER_ID, Schema
+from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, SPLIT, TIMESTAMP, USER_ID, Schema
 
 SECONDS_A_DAY = 86_400
 ROWS_PER_FILE = 500_000  # keeps the int32 offsets of strings and histories far from their limit
@@ -110,11 +110,11 @@ class CanonicalWriter:
         )  # fmt: skip
 
     def _columns(self, found: pa.Schema) -> pa.Schema:
-        """Columns of the log with their types; other fields than the fixed ones keep an integer type."""
+        """Columns of the log with their types; other fields than the fixed ones keep integers and numbers as is."""
         columns = {USER_ID: pa.string(), ITEM_ID: pa.string(), LABEL: pa.int8(), TIMESTAMP: pa.int64()}
         for column in self.schema.row_fields:
             value, kept = pa.list_(pa.string()) if column.kind == MULTI else pa.string(), found.field(column.name).type
-            columns.setdefault(column.name, kept if pa.types.is_integer(kept) else value)
+            columns.setdefault(column.name, kept if pa.types.is_integer(kept) or column.kind == NUMERIC else value)
         if self.schema.history_length:
             columns[HISTORY] = pa.list_(pa.string())
         if self.schema.truth:

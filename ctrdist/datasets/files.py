@@ -2,16 +2,20 @@
 
 import gzip
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.json as pajson
 
 from ctrdist.errors import UserError
 from ctrdist.schema import ITEM_ID
 
 TEXT = "text"
+BLOCK_BYTES = 1 << 24  # of a large file, read at once
 
 
 def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
@@ -81,6 +85,102 @@ def refuse_repeated(path: Path, ids: pa.Array, first: int = 1, what: str = "the 
     again = np.ones(len(ids), bool)
     again[np.unique(ids.to_numpy(zero_copy_only=False), return_index=True)[1]] = False
     refuse(path, pa.array(again), ids, what, "it is in an earlier line already", first)
+
+
+def read_json_lines(path: Path, columns: pa.Schema) -> pa.Table:
+    """Keys of the objects in a file of JSON lines, plain or `.gz`, a row for each line; in blocks, whatever its size.
+
+    Other keys are skipped, a key that a line lacks is null. Where the type of a key varies from line to line, a value
+    takes its column's: one value becomes a list of one, a list a text joined by spaces, a number a text.
+
+    Args:
+        columns: names and types (strings, numbers, lists of strings) of the keys to read.
+
+    Raises:
+        UserError: no such file, an empty or broken one, a line that is no JSON object, a value of another kind.
+    """
+    tables, first = [], 1
+    for block in _blocks_of_lines(require(path)):
+        tables.append(_parse_json_lines(path, block, columns, first))
+        first += block.count(b"\n")
+    if not tables:
+        raise UserError(f"{path}: the file is empty; expected JSON lines")
+    return pa.concat_tables(tables)
+
+
+def _blocks_of_lines(path: Path) -> Iterator[bytes]:
+    rest = b""
+    try:
+        with pa.input_stream(str(path)) as stream:
+            while data := stream.read(BLOCK_BYTES):
+                lines, end, rest = (rest + data).rpartition(b"\n")
+                if end:
+                    yield lines + end
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}); download the file again") from None
+    if rest:
+        yield rest + b"\n"
+
+
+def _parse_json_lines(path: Path, block: bytes, columns: pa.Schema, first: int) -> pa.Table:
+    options = pajson.ParseOptions(explicit_schema=columns, unexpected_field_behavior="ignore")
+    try:
+        table = pajson.read_json(pa.BufferReader(block), pajson.ReadOptions(block_size=len(block)), options)
+        table.validate(full=True)  # bytes that are not UTF-8
+        if table.num_rows == block.count(b"\n"):
+            return table
+    except pa.ArrowInvalid:
+        pass
+    rows = []  # a line that Arrow does not take, but perhaps Python: a varying type, half of a surrogate pair
+    for number, line in enumerate(block.split(b"\n")[:-1], first):
+        try:
+            found = json.loads(line)
+            if not isinstance(found, dict):
+                raise ValueError
+        except ValueError:
+            shown = line[:80].decode(errors="replace")
+            raise UserError(f"{path}: line {number}: expected a JSON object, found {shown!r}") from None
+        row = {}
+        for column in columns:
+            try:
+                row[column.name] = _convert(found.get(column.name), column.type)
+            except ValueError:
+                shown = repr(found[column.name])[:80]
+                raise UserError(
+                    f"{path}: line {number}: '{column.name}' is {shown}: expected {column.type}; correct or remove it"
+                ) from None
+        rows.append(row)
+    return pa.Table.from_pylist(rows, columns)
+
+
+def _convert(value: Any, kind: pa.DataType) -> Any:
+    if value is None:
+        return None
+    if pa.types.is_list(kind):
+        return [_convert(part, kind.value_type) for part in (value if isinstance(value, list) else [value])]
+    if pa.types.is_string(kind):
+        if isinstance(value, list):
+            return " ".join(_convert(part, kind) or "" for part in value)
+        if isinstance(value, str):
+            return value.encode("utf-8", "replace").decode()
+        if type(value) in (int, float):
+            return str(value)
+    elif pa.types.is_floating(kind) and type(value) in (int, float):
+        return float(value)
+    elif type(value) is int and abs(value) < 1 << 63:
+        return value
+    raise ValueError
+
+
+def drop_repeated(log: pa.Table, keys: Sequence[str]) -> tuple[pa.Table, int]:
+    """The rows whose values of `keys` no earlier row has, in their order; and how many were dropped."""
+    code = np.zeros(log.num_rows, np.int64)
+    for key in keys:
+        values = log[key].dictionary_encode("encode").combine_chunks()
+        pairs = pa.array(code * len(values.dictionary) + values.indices.to_numpy())
+        code = pairs.dictionary_encode().indices.to_numpy().astype(np.int64)  # by first appearance: 0, 1, ...
+    new = np.diff(np.maximum.accumulate(code), prepend=-1) > 0
+    return log.filter(pa.array(new)), int((~new).sum())
 
 
 def with_unlisted(items: pa.Table, seen: pa.Array | pa.ChunkedArray) -> tuple[pa.Table, int]:

@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from ctrdist.errors import UserError
+from ctrdist.fields import load_encoders, new_encoder, save_encoders
 from ctrdist.items import ItemTexts, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
 from ctrdist.log import Part, file_facts
 from ctrdist.scan import Scan, item_counts
+from ctrdist.schema import NUMERIC
 from ctrdist.storage import Manifest, fingerprint
-from ctrdist.vocabulary import Vocabulary, load_vocabularies, save_vocabularies
+from ctrdist.vocabulary import Vocabulary
 from raycluster import ingest
 from raycluster.day import Day, say
 from raycluster.ingest import LogReader
@@ -86,13 +88,13 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
     schema, state, data = day.schema, day.state, day.options.data
     items = read_items(data, schema)
     old = state.local(before.facts["read"]) if before else None
-    vocabularies = load_vocabularies(old / "vocabulary") if old else {}
+    vocabularies = load_encoders(old / "vocabulary") if old else {}
     ids = grow_catalog_ids(items, Vocabulary.load(old / "catalog" / "ids") if old else Vocabulary())
-    blank = {f.name: vocabularies.get(f.name, Vocabulary()) for f in schema.item + schema.row_fields}
+    blank = {f.name: vocabularies.get(f.name) or new_encoder(f) for f in schema.item + schema.row_fields}
     first = f"{name}.catalog"
     with state.create(first, inputs) as folder:
         schema.save(folder / "schema.yaml")
-        save_vocabularies(blank, folder / "vocabulary")
+        save_encoders(blank, folder / "vocabulary")
         build_catalog(items, ids, schema, blank).save(folder / "catalog")
     reader = LogReader(data, state.uri, first)
     with state.create(f"runs/{day.date}/quarantine", inputs) as quarantine:
@@ -105,7 +107,10 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
     counts = item_counts(counts_by_day, day.window.train, ids.size)
     fresh = item_counts(scan.items, day.new_days, ids.size)
     for f in schema.row_fields:
-        vocabularies[f.name] = blank[f.name].grow(*scan.ids[f.name], f.min_count, f.name)
+        if f.kind == NUMERIC:
+            vocabularies[f.name] = blank[f.name].fit(scan.samples[f.name], f.buckets)
+        else:
+            vocabularies[f.name] = blank[f.name].grow(*scan.ids[f.name], f.min_count, f.name)
     vocabularies = grow_item_vocabularies(items, ids.lookup(items["item_id"]), fresh, schema, vocabularies)
     facts = {
         "rows": rows,
@@ -117,7 +122,7 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
     }
     with state.create(name, inputs, facts) as folder:
         schema.save(folder / "schema.yaml")
-        save_vocabularies(vocabularies, folder / "vocabulary")
+        save_encoders(vocabularies, folder / "vocabulary")
         build_catalog(items, ids, schema, vocabularies).save(folder / "catalog")
         ItemTexts.write(folder / "texts.arrow", items, ids, schema)
         np.save(folder / "item_counts.npy", counts)

@@ -14,10 +14,10 @@ from ctrdist.backbones.din import Config as DinConfig
 from ctrdist.batch import collate
 from ctrdist.errors import UserError
 from ctrdist.export import DESCRIPTION, WEIGHTS, Release, load_click_model, save_click_model
+from ctrdist.fields import save_encoders
 from ctrdist.group import Group
 from ctrdist.log import encode, list_days, list_row_groups, plan_epoch, read_chunk
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, table_sizes
-from ctrdist.vocabulary import save_vocabularies
 
 CONFIG = ClickConfig(backbone="din", dim=4, networks=BackboneConfigs(din=DinConfig(attention=(6,), hidden=(8,))))
 TEXT_DIM = 5
@@ -135,7 +135,7 @@ def release(small_log, small_read, tmp_path_factory) -> tuple[Release, ClickMode
     schema, vocabularies, catalog = small_read
     folder = tmp_path_factory.mktemp("release")
     schema.save(folder / "schema.yaml")
-    save_vocabularies(vocabularies, folder / "vocabulary")
+    save_encoders(vocabularies, folder / "vocabulary")
     catalog.save(folder / "catalog")
     np.save(folder / "text_table.npy", text_table(catalog))
     (folder / "cela").mkdir()

@@ -56,7 +56,7 @@ def test_fingerprint_changes_with_anything(tmp_path):
     [
         ("item: {item_id: categorical}\ncontex: {}", ["unknown key 'contex'", "did you mean 'context'"]),
         ("item: {item_id: categorial}", ["item: item_id", "unknown kind 'categorial'", "did you mean 'categorical'"]),
-        ("item: {item_id: {kind: numeric}}", ["unknown kind 'numeric'", "multi"]),
+        ("item: {item_id: {kind: number}}", ["unknown kind 'number'", "multi"]),
         ("item: {item_id: {min_cont: 2}}", ["unknown key 'min_cont'", "did you mean 'min_count'"]),
         ("item: {item_id: {min_count: 0}}", ["item_id: min_count: 0"]),
         ("item: {item_id: {min_count: true}}", ["item_id: min_count: True"]),

@@ -6,13 +6,12 @@ import pyarrow as pa
 import pytest
 
 from ctrdist.errors import UserError
+from ctrdist.fields import load_encoders, save_encoders
 from ctrdist.vocabulary import (
     FIRST_ROW,
     UNKNOWN,
     Vocabulary,
     add_counts,
-    load_vocabularies,
-    save_vocabularies,
     sum_counts,
     to_keys,
 )
@@ -161,8 +160,8 @@ def test_sum_counts_and_add_counts_against_a_counter():
 def test_save_and_load(tmp_path):
     names = Vocabulary().grow(to_keys(pa.array(["b", "é", "", "rare"])), np.array([3, 4, 5, 1]), min_count=2)
     numbers, _ = vocabulary_of([7, -3])
-    save_vocabularies({"names": names, "numbers": numbers, "empty": Vocabulary()}, tmp_path / "vocabulary")
-    loaded = load_vocabularies(tmp_path / "vocabulary")
+    save_encoders({"names": names, "numbers": numbers, "empty": Vocabulary()}, tmp_path / "vocabulary")
+    loaded = load_encoders(tmp_path / "vocabulary")
     assert list(loaded) == ["empty", "names", "numbers"]
     assert loaded["names"].lookup(pa.array(["é", "b", "", "rare", "x"])).tolist() == [4, 3, 2, 1, 1]
     assert loaded["numbers"].lookup(pa.array([7, -3])).tolist() == [3, 2]

@@ -15,13 +15,13 @@ import pytest
 from ctrdist.backbones import BackboneConfigs, dcnv2
 from ctrdist.datasets.synthetic import SyntheticConfig, prepare
 from ctrdist.errors import UserError
+from ctrdist.fields import load_encoders
 from ctrdist.log import log_columns
 from ctrdist.schema import Schema
 from ctrdist.storage import State
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig, FuseConfig
 from ctrdist.tasks.pretrain import PretrainConfig
-from ctrdist.vocabulary import load_vocabularies
 from raycluster.encoder import EncodeConfig
 from raycluster.stages.language import LanguageModelConfig
 
@@ -181,7 +181,7 @@ def test_the_next_day_starts_from_the_day_before(second_day, data, options):
     assert report["rows"]["train"] == rows_of(data, 4)
     assert report["stages"]["dap"]["skipped"] and not report["stages"]["roma"]["skipped"]
     assert list(report["stages"])[-4:] == ["roma_2", "encode_2", "mf2_2", "evaluate"]
-    old, new = (load_vocabularies(state.local(f"runs/{date}/read") / "vocabulary") for date in (FIRST, SECOND))
+    old, new = (load_encoders(state.local(f"runs/{date}/read") / "vocabulary") for date in (FIRST, SECOND))
     for name in old:
         assert new[name].size >= old[name].size
         np.testing.assert_array_equal(new[name].lookup_keys(old[name].keys), old[name].rows)

@@ -18,10 +18,7 @@ def prepare(*arguments):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        (
-            "movietweetings",
-            ("--source", "--item-text", "--out", "--protocol", "--positive-threshold", "--split", "--history-length"),
-        ),
+        *((name, PUBLIC) for name in ("movielens-1m", "movielens", "movietweetings")),
         ("synthetic", ("--out", "--users", "--rows-per-day", "--start", "--seed", "--strength")),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_run_over_the_logs_own_splits(ray_cluster, options, data, capsys):
     output = State(options.state).find("runs/split/evaluate")
     scored = pq.read_table(State(options.state).local(output.name) / "predictions.parquet")
     test = ds.dataset(data / "interactions").to_table(filter=ds.field("split") == "test")
-    assert sorted(scored["raw.user_id"].to_pylist()) == sorted(test["user_id"].to_pylist())
+    assert sorted(scored["user_id"].to_pylist()) == sorted(test["user_id"].to_pylist())
     JOB.run(options)
     assert "split is complete" in capsys.readouterr().out
 

@@ -6,12 +6,13 @@ import pytest
 import ray
 
 from ctrdist.datasets.synthetic import SyntheticConfig, prepare
+from ctrdist.fields import save_encoders
 from ctrdist.items import build_catalog, grow_catalog_ids, read_items
 from ctrdist.log import list_days, list_row_groups, plan_epoch, read_chunk
 from ctrdist.scan import Scan, scan_row_group
 from ctrdist.schema import Schema
 from ctrdist.storage import State
-from ctrdist.vocabulary import Vocabulary, save_vocabularies
+from ctrdist.vocabulary import Vocabulary
 from raycluster import ingest
 from raycluster.ingest import InOrder, LogReader
 
@@ -27,7 +28,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> LogReader:
     blank = {f.name: Vocabulary() for f in schema.row_fields + schema.item}
     with state.create("read") as out:
         schema.save(out / "schema.yaml")
-        save_vocabularies(blank, out / "vocabulary")
+        save_encoders(blank, out / "vocabulary")
         build_catalog(items, ids, schema, blank).save(out / "catalog")
     return LogReader(data, state.uri, "read")
 
