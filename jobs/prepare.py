@@ -2,6 +2,7 @@
 
     python jobs/prepare.py synthetic --out .demo/data
     python jobs/prepare.py movietweetings --source downloads/movietweetings --out data/movietweetings
+    python jobs/prepare.py table --schema schema.yaml --interactions 'log/*.csv' --items 'items.csv' --out data/own
 
 A new adapter is one file in `ctrdist/datasets/` with `PROTOCOLS` and `read`, and one line in `ADAPTERS`.
 """
@@ -16,14 +17,26 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ctrdist.datasets import movielens, movielens_1m, movietweetings, protocol, synthetic
+from ctrdist.datasets import (
+    amazon_2018,
+    amazon_2023,
+    movielens,
+    movielens_1m,
+    movietweetings,
+    protocol,
+    synthetic,
+)
 from ctrdist.datasets.canonical import Summary
+from ctrdist.datasets.table import TableOptions
 from ctrdist.errors import UserError
+from ctrdist.schema import Schema
 
 ADAPTERS = {
     "movielens-1m": movielens_1m,
     "movielens": movielens,
     "movietweetings": movietweetings,
+    "amazon-2018": amazon_2018,
+    "amazon-2023": amazon_2023,
 }
 """The public datasets, by the name of their subcommand."""
 
@@ -93,8 +106,45 @@ class Synthetic:
         return synthetic.prepare(self.config, self.out)
 
 
+@dataclass(frozen=True)
+class Tables:
+    """Tables of your own, of any size: Parquet, CSV (.csv, .tsv) or JSON lines (.json, .jsonl), gzipped or not.
+
+    Rows are dealt to buckets of users by Ray tasks, so memory is a matter of the bucket and not of the log; on several
+    nodes `out` must lie where all of them see it. Quote patterns, so that the shell leaves them alone.
+
+    Args:
+        schema: the schema.yaml of the dataset to be (docs/data.md).
+        interactions: glob pattern of the log's files.
+        items: glob pattern of the items' files.
+        out: folder to write; absent or empty, or with --append a dataset that this command made.
+        users: glob pattern of files with user_id and fields of the user that the log itself does not have.
+        append: add days that are all later than those in `out`; histories go on from there.
+        options: how columns are read.
+    """
+
+    schema: Path
+    interactions: str
+    items: str
+    out: Path
+    users: str = ""
+    append: bool = False
+    options: tyro.conf.OmitArgPrefixes[TableOptions] = field(default_factory=TableOptions)
+
+    def run(self) -> Summary:
+        """Write the dataset."""
+        from raycluster import cluster, tables
+
+        schema = Schema.load(self.schema)
+        cluster.connect()
+        return tables.prepare(
+            schema, self.interactions, self.items, self.users, self.out.absolute(), self.options, self.append
+        )
+
+
 Command = Union[  # noqa: UP007 - made of a dictionary
     Annotated[Synthetic, tyro.conf.subcommand("synthetic")],
+    Annotated[Tables, tyro.conf.subcommand("table")],
     *(subcommand(name, module) for name, module in ADAPTERS.items()),
 ]
 

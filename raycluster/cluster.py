@@ -3,7 +3,9 @@
 import logging
 import os
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -89,6 +91,34 @@ def make_plan(workers: int = 0, batch_sizes: dict[str, int] | None = None) -> Pl
         workers = max(n for n in range(1, most + 1) if all(size % n == 0 for size in sizes.values()))
     share = 1.0 if cpus >= 4 * workers else 0.25
     return Plan(workers, 1 if gpus else 0, share, max(1, cpus // workers))
+
+
+def in_parallel(
+    function: Callable[..., Any], calls: list[tuple], cpus: float = 1.0, at_once: int = 64
+) -> Iterator[Any]:
+    """What `function` returns for each of `calls`, run as Ray tasks, in the order in which they end.
+
+    Args:
+        calls: arguments of each call.
+        cpus: CPUs that a task reserves.
+        at_once: at most this many are under way or waiting for a place.
+
+    Raises:
+        UserError: the first that a task raises.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=cpus)(function)
+    waiting, running = list(reversed(calls)), []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            running.append(task.remote(*waiting.pop()))
+        done, running = ray.wait(running)
+        try:
+            result = ray.get(done[0])
+        except ray.exceptions.RayTaskError as error:
+            raise user_error(error) or error from None
+        yield result
 
 
 def user_error(error: BaseException) -> UserError | None:

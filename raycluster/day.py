@@ -247,8 +247,8 @@ def say(line: str) -> None:
 class Progress:
     """Prints a stage's records, one line every ten seconds: steps, loss, speed, time left."""
 
-    def __init__(self, stage: str, every: float = 10.0) -> None:
-        self.stage, self.every = stage, every
+    def __init__(self, stage: str, things: str = "items", every: float = 10.0) -> None:
+        self.stage, self.things, self.every = stage, things, every
         self.began = self.printed = time.time()
         self.first_step: float | None = None
 
@@ -270,13 +270,13 @@ class Progress:
         )
 
     def items(self, done: int, total: int) -> None:
-        """Progress of an encoder."""
+        """Prints how many things are done, one line every ten seconds."""
         now = time.time()
         if now - self.printed >= self.every:
             self.printed = now
             left = (total - done) * (now - self.began) / max(1, done)
-            speed = f"{done / (now - self.began):,.0f} items/s"
-            say(f"{self.stage:10} {done:,} of {total:,} items, {speed}, {left:.0f} s left")
+            speed = f"{done / (now - self.began):,.1f} {self.things}/s"
+            say(f"{self.stage:10} {done:,} of {total:,} {self.things}, {speed}, {left:.0f} s left")
 
 
 def _absolute(path: str) -> str:

@@ -1,5 +1,6 @@
 """The log as a stream of encoded batches: Ray Data reads, checks and encodes; the order is the plan's."""
 
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from ctrdist.log import Chunk, RowGroup, read_chunk
 from ctrdist.scan import Scan, scan_row_group
 from ctrdist.schema import Schema
 from ctrdist.storage import State
+from raycluster.cluster import in_parallel
 
 
 @dataclass(frozen=True)
@@ -86,38 +88,29 @@ class InOrder(DataConfig):
         return shares
 
 
-def scan(reader: LogReader, groups: list[RowGroup], train: set, quarantine: Path, tasks: int = 64) -> Scan:
+def scan(reader: LogReader, groups: list[RowGroup], train: set, quarantine: Path) -> Scan:
     """One pass over row groups by Ray tasks (`ctrdist.scan`); the results are added as they come.
 
     Args:
         train: the days, or splits, whose ids are counted for the vocabularies.
         quarantine: local folder for bad rows.
-        tasks: at most this many pieces of work under way at once.
     """
-
-    @ray.remote(num_cpus=0.5)
-    def work(part: list[RowGroup]) -> tuple[Scan, list[tuple[str, bytes]]]:
-        import tempfile
-
-        schema, _, catalog = reader.open()
-        total = Scan()
-        with tempfile.TemporaryDirectory() as folder:
-            for group in part:
-                total.add(scan_row_group(reader.data, group, schema, catalog, Path(folder), ids=group.part in train))
-            return total, [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())]
-
-    waiting = _pieces(groups)
-    total, running = Scan(), []
-    while waiting or running:
-        while waiting and len(running) < tasks:
-            running.append(work.remote(waiting.pop()))
-        done, running = ray.wait(running)
-        found, files = ray.get(done[0])
+    total = Scan()
+    for found, files in in_parallel(_scan, [(reader, part, train) for part in _pieces(groups)], cpus=0.5):
         total.add(found)
         for name, content in files:
             quarantine.mkdir(parents=True, exist_ok=True)
             (quarantine / name).write_bytes(content)
     return total
+
+
+def _scan(reader: LogReader, part: list[RowGroup], train: set) -> tuple[Scan, list[tuple[str, bytes]]]:
+    schema, _, catalog = reader.open()
+    total = Scan()
+    with tempfile.TemporaryDirectory() as folder:
+        for group in part:
+            total.add(scan_row_group(reader.data, group, schema, catalog, Path(folder), ids=group.part in train))
+        return total, [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())]
 
 
 def _pieces(groups: list[RowGroup], rows: int = 65536) -> list[list[RowGroup]]:

@@ -14,7 +14,8 @@ from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, SPLIT, TIMES
 
 SECONDS_A_DAY = 86_400
 ROWS_PER_FILE = 500_000  # keeps the int32 offsets of strings and histories far from their limit
-FOLDERS = ("items", "users", "interactions")
+FOLDERS = ("items", "users", "interactions", "work")
+HISTORIES = "histories-"  # and the last day in it: what each user did last
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class CanonicalWriter:
         self.out, self.schema = Path(out), schema
         self.rows = self.positives = self.rows_with_history = self.items = self.items_with_text = 0
         self._files_of_day: dict[np.datetime64, int] = {}
-        _clear(self.out)
+        clear_unfinished(self.out)
         for name in ("items", "interactions"):
             (self.out / name).mkdir(parents=True, exist_ok=True)
 
@@ -68,7 +69,7 @@ class CanonicalWriter:
         """Write one file of `items/`: item_id, the schema's item fields, the columns its text names."""
         missing = {f.name for f in self.schema.item}.union(self.schema.text_columns) - set(items.column_names)
         assert not missing, f"items lack {missing}"
-        _write(items, self.out / "items" / "part-00000.parquet")
+        write_file(items, self.out / "items" / "part-00000.parquet")
         self.items = items.num_rows
         if "text" in items.column_names:
             self.items_with_text = pc.sum(pc.greater(pc.utf8_length(items["text"]), 0)).as_py() or 0
@@ -82,7 +83,7 @@ class CanonicalWriter:
                 order of time are cut without a copy.
             timed: False where `timestamp` is a row number: all rows then are of the day 1970-01-01.
         """
-        columns = self._columns(rows.schema)
+        columns = canonical_columns(self.schema, rows.schema)
         rows = rows.select(columns.names).cast(columns)
         day = rows[TIMESTAMP].to_numpy() // (SECONDS_A_DAY if timed else np.iinfo(np.int64).max)
         if np.any(day[1:] < day[:-1]):
@@ -94,7 +95,7 @@ class CanonicalWriter:
             for first in range(start, stop, ROWS_PER_FILE):
                 number = self._files_of_day[date] = self._files_of_day.get(date, -1) + 1
                 part = rows.slice(first, min(ROWS_PER_FILE, stop - first))
-                _write(part, self.out / "interactions" / f"dt={date}" / f"part-{number:05d}.parquet")
+                write_file(part, self.out / "interactions" / f"dt={date}" / f"part-{number:05d}.parquet")
         self.rows += rows.num_rows
         self.positives += pc.sum(pc.cast(rows[LABEL], pa.int64())).as_py() or 0
         if self.schema.history_length:
@@ -109,27 +110,29 @@ class CanonicalWriter:
             counts=counts or {},
         )  # fmt: skip
 
-    def _columns(self, found: pa.Schema) -> pa.Schema:
-        """Columns of the log with their types; other fields than the fixed ones keep integers and numbers as is."""
-        columns = {USER_ID: pa.string(), ITEM_ID: pa.string(), LABEL: pa.int8(), TIMESTAMP: pa.int64()}
-        for column in self.schema.row_fields:
-            value, kept = pa.list_(pa.string()) if column.kind == MULTI else pa.string(), found.field(column.name).type
-            columns.setdefault(column.name, kept if pa.types.is_integer(kept) or column.kind == NUMERIC else value)
-        if self.schema.history_length:
-            columns[HISTORY] = pa.list_(pa.string())
-        if self.schema.truth:
-            columns[self.schema.truth] = pa.float64()
-        if SPLIT in found.names:
-            columns[SPLIT] = pa.string()
-        return pa.schema(columns)
+
+def canonical_columns(schema: Schema, found: pa.Schema) -> pa.Schema:
+    """Columns of the log with their types; other fields than the fixed ones keep integers and numbers as they are."""
+    columns = {USER_ID: pa.string(), ITEM_ID: pa.string(), LABEL: pa.int8(), TIMESTAMP: pa.int64()}
+    for column in schema.row_fields:
+        value, kept = pa.list_(pa.string()) if column.kind == MULTI else pa.string(), found.field(column.name).type
+        columns.setdefault(column.name, kept if pa.types.is_integer(kept) or column.kind == NUMERIC else value)
+    if schema.history_length:
+        columns[HISTORY] = pa.list_(pa.string())
+    if schema.truth:
+        columns[schema.truth] = pa.float64()
+    if SPLIT in found.names:
+        columns[SPLIT] = pa.string()
+    return pa.schema(columns)
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
+def write_file(table: pa.Table, path: Path) -> None:
+    """Write one file of a dataset; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, compression="zstd", use_dictionary=True, row_group_size=65_536)
 
 
-def _clear(out: Path) -> None:
+def clear_unfinished(out: Path) -> None:
     """Remove what an earlier run left without `schema.yaml`; refuse a folder with anything that it did not write."""
     if not out.exists():
         return
@@ -139,9 +142,10 @@ def _clear(out: Path) -> None:
         raise UserError(f"{out}: holds a dataset already (schema.yaml is there); remove it or choose another --out")
     for path in out.rglob("*"):
         top, *below = path.relative_to(out).parts
-        ours = top in FOLDERS and (path.is_dir() or (below and path.match("part-*.parquet")))
+        files = ("part-*.parquet", "bucket-*.parquet", "*.arrow", "*.npy")
+        ours = top in FOLDERS or top.startswith(HISTORIES)
+        ours = ours and (path.is_dir() or (below and any(path.match(name) for name in files)))
         if not ours or path.is_symlink():
             raise UserError(f"{out}: is not empty ('{path.relative_to(out)}' is there); choose an empty or new --out")
-    for folder in FOLDERS:
-        if (out / folder).exists():
-            shutil.rmtree(out / folder)
+    for folder in out.iterdir():
+        shutil.rmtree(folder)

@@ -94,7 +94,7 @@ def read_json_lines(path: Path, columns: pa.Schema) -> pa.Table:
     takes its column's: one value becomes a list of one, a list a text joined by spaces, a number a text.
 
     Args:
-        columns: names and types (strings, numbers, lists of strings) of the keys to read.
+        columns: names and types of the keys to read: strings, numbers, structs, and lists of them.
 
     Raises:
         UserError: no such file, an empty or broken one, a line that is no JSON object, a value of another kind.
@@ -165,9 +165,11 @@ def _convert(value: Any, kind: pa.DataType) -> Any:
             return value.encode("utf-8", "replace").decode()
         if type(value) in (int, float):
             return str(value)
+    elif pa.types.is_struct(kind) and isinstance(value, dict):
+        return {field.name: _convert(value.get(field.name), field.type) for field in kind}
     elif pa.types.is_floating(kind) and type(value) in (int, float):
         return float(value)
-    elif type(value) is int and abs(value) < 1 << 63:
+    elif pa.types.is_integer(kind) and type(value) is int and abs(value) < 1 << 63:
         return value
     raise ValueError
 

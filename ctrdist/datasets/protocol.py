@@ -28,6 +28,8 @@ class Raw:
     Args:
         log: user_id and item_id (strings), `rating` (a number) or `label` (0 and 1), `timestamp` (int64 seconds UTC;
             absent where the dataset has no time), and the columns of the user and context fields. In file order.
+            Where the dataset has histories of its own, also `history`: lists of item ids, oldest first, or a
+            dictionary of such lists that many rows point to.
         items: item_id, the columns of the item fields, and those that the text names. No item twice.
         item: fields of the item, `item_id` among them.
         user: fields of the user.
@@ -53,13 +55,13 @@ class Protocol:
         drop: ratings whose rows are left out.
         core: keep users and items with at least this many rows, until all have.
         positive: a rating from here up is a click; None takes every row for one, or the log's own labels.
-        negatives: rows with label 0 for each click: an item, drawn evenly among those that the user has no row of,
-            at the click's time.
+        negatives: rows with label 0 for each click, at its time: an item of the rows that are kept, drawn evenly among
+            those that the user has no row of.
         split: how rows are dealt to train, valid and test. `day`: not at all, the job's dates decide. `time`: by
             `shares` in order of time, rows of one second together. `last-day`: test is the last day, valid the one
             before. `random`: each row by chance. `file`: by `shares` in the order of the file, for data without time.
         shares: of train, valid and test.
-        history: what a user's history holds: only clicks (`positive`), or `all` rows.
+        history: what a user's history holds: only clicks (`positive`), or `all` rows. A log's own histories stay.
         history_length: at most this many behaviours; 0 writes none.
     """
 
@@ -89,7 +91,7 @@ def write(raw: Raw, protocol: Protocol, out: str | Path, item_text: Path | None 
     timed = TIMESTAMP in raw.log.column_names
     schema = Schema(
         user=raw.user, item=raw.item, context=raw.context, text=raw.text,
-        history_length=protocol.history_length if timed else 0,
+        history_length=protocol.history_length if timed or HISTORY in raw.log.column_names else 0,
     )  # fmt: skip
     writer = CanonicalWriter(out, schema)
     log = _label(_keep(raw.log, protocol), protocol, items, np.random.default_rng([seed, 0]))
@@ -100,8 +102,13 @@ def write(raw: Raw, protocol: Protocol, out: str | Path, item_text: Path | None 
         log = log.append_column(SPLIT, split(log[TIMESTAMP].to_numpy(), protocol, np.random.default_rng([seed, 1])))
     writer.write_items(items)
 
+    own = None
     user, item_id = log[USER_ID].combine_chunks().dictionary_encode(), log[ITEM_ID].combine_chunks()
-    if schema.history_length:
+    if HISTORY in log.column_names:
+        known, length = items[ITEM_ID].combine_chunks(), schema.history_length
+        own, place = own_histories(log[HISTORY].combine_chunks(), known, length)
+        log = log.drop_columns([HISTORY])
+    elif schema.history_length:
         behaviour = pc.is_in(item_id, items[ITEM_ID].combine_chunks()).to_numpy(zero_copy_only=False)
         if protocol.history == "positive":
             behaviour = behaviour & (log[LABEL].to_numpy() == 1)
@@ -111,10 +118,32 @@ def write(raw: Raw, protocol: Protocol, out: str | Path, item_text: Path | None 
     for start in range(0, log.num_rows, ROWS_AT_ONCE):
         part = log.slice(start, ROWS_AT_ONCE)
         if schema.history_length:
-            column = history_column(offsets[start : start + part.num_rows + 1], rows, item_id)
+            if own is None:
+                column = history_column(offsets[start : start + part.num_rows + 1], rows, item_id)
+            else:
+                column = own.take(pa.array(place[start : start + part.num_rows]))
             part = part.append_column(HISTORY, column)
         writer.write_interactions(part, timed)
     return writer.finish(users=len(user.dictionary), counts=raw.counts)
+
+
+def own_histories(column: pa.Array, known: pa.Array, length: int) -> tuple[pa.ListArray, np.ndarray]:
+    """The distinct lists of a log's own `history` column, and for each row the number of its list.
+
+    Args:
+        column: lists of item ids, oldest first, or a dictionary of such lists.
+        known: items that may be in a history.
+        length: at most this many are kept, the latest.
+    """
+    shared = pa.types.is_dictionary(column.type)
+    lists = column.dictionary if shared else column
+    place = column.indices.to_numpy() if shared else np.arange(len(column))
+    kept = pc.is_in(pc.list_flatten(lists), known)
+    values, number = pc.list_flatten(lists).filter(kept), pc.list_parent_indices(lists).filter(kept).to_numpy()
+    ends = np.searchsorted(number, np.arange(len(lists)), side="right")
+    late = ends[number] - np.arange(len(number)) <= length
+    offsets = np.searchsorted(number[late], np.arange(len(lists) + 1))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values.filter(pa.array(late))), place
 
 
 def _keep(log: pa.Table, protocol: Protocol) -> pa.Table:
@@ -154,7 +183,7 @@ def _label(log: pa.Table, protocol: Protocol, items: pa.Table, draws: np.random.
     log = log.drop_columns([RATING]) if RATING in log.column_names else log
     if not protocol.negatives:
         return log
-    known = items[ITEM_ID].combine_chunks()
+    known = log[ITEM_ID].filter(pc.is_in(log[ITEM_ID], items[ITEM_ID].combine_chunks())).unique()
     user = log[USER_ID].combine_chunks().dictionary_encode().indices.to_numpy()
     item = pc.index_in(log[ITEM_ID], known).combine_chunks()
     clicks = np.flatnonzero(log[LABEL].to_numpy() == 1)

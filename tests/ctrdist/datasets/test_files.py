@@ -52,6 +52,15 @@ def test_values_of_varying_type_take_the_columns(tmp_path):
     assert found[:3] == [(row["id"], row["words"]) for row in ROWS]
 
 
+@pytest.mark.parametrize("odd", [[], [{"id": 7}]])
+def test_objects_within_lines(tmp_path, odd):
+    columns = pa.schema({"id": pa.string(), "makers": pa.list_(pa.struct({"name": pa.string()}))})
+    lines = [{"id": "a", "makers": [{"name": "A", "role": 1}, {"role": ""}]}, {"id": "b", "makers": []}, *odd]
+    (tmp_path / "x.json").write_bytes(as_bytes(lines))
+    rows = read_json_lines(tmp_path / "x.json", columns).to_pylist()
+    assert rows[:2] == [{"id": "a", "makers": [{"name": "A"}, {"name": None}]}, {"id": "b", "makers": []}]
+
+
 @pytest.mark.parametrize("block", [30, 1 << 24])
 @pytest.mark.parametrize(
     ("line", "message"),

@@ -101,15 +101,16 @@ def test_negatives_are_drawn_evenly():
 
 
 def test_negatives_follow_their_clicks_and_enter_no_history(tmp_path):
-    rows = [("u", "a", 1, 10), ("u", "b", 1, 20), ("v", "c", 1, 20)]
-    write(raw_of(rows, items="abcdef"), Protocol(negatives=2), tmp_path / "out", seed=3)
+    rows = [("u", "a", 1, 10), ("u", "b", 1, 20), ("v", "c", 1, 20), ("w", "d", 1, 30)]
+    write(raw_of(rows, items="abcdefgh"), Protocol(negatives=2), tmp_path / "out", seed=3)
     found = read(tmp_path / "out")
+    assert {r["item_id"] for r in found if not r["label"]} <= set("abcd"), "only items that somebody clicked"
     assert [(r["user_id"], r["timestamp"], r["label"]) for r in found] == [
         (user, time, label) for user, _, _, time in rows for label in (1, 0, 0)
     ]
     assert all(r["item_id"] not in {"a", "b"} for r in found if r["user_id"] == "u" and not r["label"])
-    assert [r["history"] for r in found] == [[]] * 3 + [["a"]] * 3 + [[]] * 3
-    write(raw_of(rows, items="abcdef"), Protocol(negatives=2), tmp_path / "again", seed=3)
+    assert [r["history"] for r in found] == [[]] * 3 + [["a"]] * 3 + [[]] * 6
+    write(raw_of(rows, items="abcdefgh"), Protocol(negatives=2), tmp_path / "again", seed=3)
     assert read(tmp_path / "again") == found
 
 
