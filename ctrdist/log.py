@@ -381,7 +381,12 @@ class Chunk:
 
 
 def plan_epoch(
-    groups: list[RowGroup], rows: int, batch_size: int, seed: tuple[int, ...] | None, chunk_rows: int = 32768
+    groups: list[RowGroup],
+    rows: int,
+    batch_size: int,
+    seed: tuple[int, ...] | None,
+    chunk_rows: int = 32768,
+    by_day: bool = False,
 ) -> list[Chunk]:
     """An epoch over `groups` as chunks, ending in fillers that make it a whole number of global batches.
 
@@ -389,13 +394,18 @@ def plan_epoch(
         rows: good rows in `groups`.
         batch_size: rows of a global batch.
         seed: decides the order of chunks and of rows within each; None keeps the order of the log.
+        by_day: days stay in the order of `groups`; only chunks of one day, and their rows, change places.
     """
     chunks: list[list[RowGroup]] = [[]]
     for group in groups:
-        if chunks[-1] and sum(g.rows for g in chunks[-1]) + group.rows > chunk_rows:
+        full = chunks[-1] and sum(g.rows for g in chunks[-1]) + group.rows > chunk_rows
+        if full or (by_day and chunks[-1] and chunks[-1][0].day != group.day):
             chunks.append([])
         chunks[-1].append(group)
-    order = range(len(chunks)) if seed is None else np.random.default_rng(seed).permutation(len(chunks))
+    order = np.arange(len(chunks)) if seed is None else np.random.default_rng(seed).permutation(len(chunks))
+    if by_day and groups:
+        number = {day: n for n, day in enumerate(dict.fromkeys(group.day for group in groups))}
+        order = order[np.argsort([number[chunks[i][0].day] for i in order], kind="stable")]
     planned = [Chunk(tuple(chunks[i]), None if seed is None else (*seed, int(i))) for i in order]
     return [*planned, Chunk(fillers=-rows % batch_size)]
 

@@ -20,6 +20,9 @@ from rich.table import Table
 from ctrdist.datasets import (
     amazon_2018,
     amazon_2023,
+    bookcrossing,
+    goodreads,
+    mind,
     movielens,
     movielens_1m,
     movietweetings,
@@ -37,6 +40,9 @@ ADAPTERS = {
     "movietweetings": movietweetings,
     "amazon-2018": amazon_2018,
     "amazon-2023": amazon_2023,
+    "bookcrossing": bookcrossing,
+    "goodreads": goodreads,
+    "mind": mind,
 }
 """The public datasets, by the name of their subcommand."""
 

@@ -85,10 +85,13 @@ def write(raw: Raw, protocol: Protocol, out: str | Path, item_text: Path | None 
         seed: decides sampled negatives and the random split.
 
     Raises:
-        UserError: `out` is in use, an item text is malformed, or nothing is left of the log.
+        UserError: `out` is in use, an item text is malformed, a split by time of data without, or nothing is left of
+            the log.
     """
     items = with_item_texts(raw.items, item_text)
     timed = TIMESTAMP in raw.log.column_names
+    if not timed and protocol.split not in ("file", "random"):
+        raise UserError(f"--split {protocol.split}: this dataset has no time; take file or random")
     schema = Schema(
         user=raw.user, item=raw.item, context=raw.context, text=raw.text,
         history_length=protocol.history_length if timed or HISTORY in raw.log.column_names else 0,

@@ -1,7 +1,7 @@
 """Click prediction: the task of the ID model, the fused model and every other model that is trained on clicks alone."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class ClickConfig:
         warm_epochs: the same, for a day that starts from the day before.
         patience: stop after this many epochs without a better validation AUC.
         batch_size: rows of a global batch, over all workers.
+        order: `shuffled`: an epoch's rows in any order. `chronological`: its days in order, rows shuffled within a day;
+            with `epochs` 1 each row is seen once, the newest last.
         lr: learning rate of the network.
         weight_decay: AdamW's, on the network's matrices.
         table_lr: learning rate of the embedding tables.
@@ -48,6 +50,7 @@ class ClickConfig:
     warm_epochs: int = 1
     patience: int = 2
     batch_size: int = 1024
+    order: Literal["shuffled", "chronological"] = "shuffled"
     lr: float = 1e-3
     weight_decay: float = 1e-2
     table_lr: float = 1e-3

@@ -53,8 +53,7 @@ def train_click(
     )
     reader = LogReader(day.options.data, day.state.uri, read.output.name)
     batch = config.batch_size
-    shuffled = day.groups(days)
-    in_order = day.groups(day.window.valid)
+    training_groups, validation_groups = day.groups(days), day.groups(day.window.valid)
     share = batch // day.plan.workers
     loop = LoopConfig(
         steps_per_epoch=-(-rows // batch),
@@ -76,8 +75,8 @@ def train_click(
             task=partial(_click_task, reader, config, fuse, text and text.name, start and start.name, seed),
             save=save_click_model,
             collate=partial(encoded_batch, reader, text and text.name),
-            train_stream=partial(_train_stream, reader, shuffled, rows, batch, share, seed, epochs),
-            valid_stream=partial(_valid_stream, reader, in_order, max(share, 1024)),
+            train_stream=partial(_train_stream, reader, training_groups, config, rows, share, seed, epochs),
+            valid_stream=partial(_valid_stream, reader, validation_groups, max(share, 1024)),
             facts={"rows": rows, "epochs": epochs},
             metrics=metrics_file,
         )
@@ -112,10 +111,15 @@ def encoded_batch(reader: LogReader, text: str | None, table: Any) -> Batch:
 
 
 def _train_stream(
-    reader: LogReader, groups: list, rows: int, batch: int, share: int, seed: int, epochs: int, first: int
+    reader: LogReader, groups: list, config: ClickConfig, rows: int, share: int, seed: int, epochs: int, first: int
 ):
     """The rows of the epochs from `first` on, in blocks of one worker's share of a global batch."""
-    chunks = [chunk for epoch in range(first, epochs) for chunk in plan_epoch(groups, rows, batch, (seed, epoch))]
+    by_day = config.order == "chronological"
+    chunks = [
+        chunk
+        for epoch in range(first, epochs)
+        for chunk in plan_epoch(groups, rows, config.batch_size, (seed, epoch), by_day=by_day)
+    ]
     return ingest.stream(reader, chunks, share)
 
 

@@ -1,6 +1,7 @@
 import datetime as dt
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -359,6 +360,16 @@ def test_the_order_is_the_seeds():
     assert plans[0, 0] == plan_epoch(groups, 400, 32, (0, 0), 40)
     orders = {tuple(chunk.groups for chunk in plan) for plan in plans.values()}
     assert len(orders) == 3
+
+
+@pytest.mark.parametrize("seed", [None, (0,), (1,)])
+def test_days_in_order_and_chunks_shuffled_within_a_day(seed):
+    groups = [replace(group, day=dt.date(2024, 1, 1 + n // 6)) for n, group in enumerate(row_groups(*[20] * 24))]
+    chunks = plan_epoch(groups, 480, 32, seed, 40, by_day=True)[:-1]
+    days = [group.day for chunk in chunks for group in chunk.groups]
+    assert days == sorted(days) and Counter(g for c in chunks for g in c.groups) == Counter(groups)
+    assert all(len({group.day for group in chunk.groups}) == 1 for chunk in chunks)
+    assert ([g for c in chunks for g in c.groups] == groups) == (seed is None)
 
 
 # --- reading ---

@@ -7,6 +7,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 
+ADAPTERS = "movielens-1m movielens movietweetings amazon-2018 amazon-2023 bookcrossing goodreads mind".split()
 PUBLIC = ("--source", "--item-text", "--out", "--protocol", "--positive-threshold", "--core", "--split", "--history")
 
 
@@ -18,7 +19,7 @@ def prepare(*arguments):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        *((name, PUBLIC) for name in ("movielens-1m", "movielens", "movietweetings")),
+        *((name, PUBLIC) for name in ADAPTERS),
         ("synthetic", ("--out", "--users", "--rows-per-day", "--start", "--seed", "--strength")),
     ],
 )

@@ -56,6 +56,9 @@ def test_data_without_time_is_one_day_of_row_numbers_and_no_histories(tmp_path):
     assert table["timestamp"].to_pylist() == list(range(150_000))
     assert Counter(table["split"].to_pylist()) == {"train": 90_000, "valid": 30_000, "test": 30_000}
     assert Schema.load(tmp_path / "out" / "schema.yaml").history_length == 0
+    for name in ("day", "time", "last-day"):
+        with pytest.raises(UserError, match=f"--split {name}: this dataset has no time; take file or random"):
+            write(raw_of(ROWS, timed=False), Protocol(split=name), tmp_path / name)
 
 
 def test_own_labels_stay_and_nothing_left_is_an_error(tmp_path):
