@@ -67,6 +67,8 @@ class Progress:
         losses: [step, loss] pairs, the mean loss since the pair before.
         valid_auc: [epoch, AUC] pairs.
         finished: whether training has ended.
+        seconds: in training steps, without validation and checkpoints' ends, from the first batch of each try on.
+        waited: of these, seconds spent waiting for the next batch.
     """
 
     step: int = 0
@@ -75,6 +77,8 @@ class Progress:
     losses: list[list[float]] = field(default_factory=list)
     valid_auc: list[list[float]] = field(default_factory=list)
     finished: bool = False
+    seconds: float = 0.0
+    waited: float = 0.0
 
 
 def fit(
@@ -232,6 +236,7 @@ class Meter:
         self.steps = self.rows = 0
         self.waited = 0.0
         self.since = time.monotonic()
+        self.started = False
 
     def waiting(self) -> "Meter":
         """A context whose time counts as waiting for data."""
@@ -241,7 +246,11 @@ class Meter:
         self.entered = time.monotonic()
 
     def __exit__(self, *exception: object) -> None:
-        self.waited += time.monotonic() - self.entered
+        now = time.monotonic()
+        if self.started:
+            self.waited += now - self.entered
+        else:  # a stream takes seconds to start, which say nothing of its speed
+            self.since, self.started = now, True
 
     def add(self, losses: dict[str, Tensor], rows: int) -> None:
         """Count a step; a record follows when it is due."""
@@ -265,6 +274,8 @@ class Meter:
                 "(--ctr.lr, --ctr.table-lr, --pretrain.lr or --align.lr)"
             )
         self.progress.losses.append([self.progress.step, means["loss"]])
+        self.progress.seconds += seconds
+        self.progress.waited += self.waited
         self._send(means | {"rows_per_second": self.rows / seconds, "data_wait": self.waited / seconds})
         self.sums, self.steps, self.rows, self.waited, self.since = {}, 0, 0, 0.0, time.monotonic()
 

@@ -11,7 +11,8 @@ All three are made from one plain dictionary that holds what JSON holds:
     gain                   as `metrics.gain`
     groups                 as `metrics.popularity_groups`
     stages                 {name: {"seconds", "rows", "skipped", "losses": [[step, loss], ...],
-                           "valid_auc": [[epoch, auc], ...]}}, in the order they ran
+                           "valid_auc": [[epoch, auc], ...], "data_wait": share of the training
+                           time spent waiting for the next batch}}, in the order they ran
     text_table             {"items", "dim"}
     peak_memory_bytes      count or None
     config, versions       dictionaries of what the run was made with
@@ -78,6 +79,7 @@ def render_html(report: Mapping) -> str:
         "size": size,
         "rate": rate,
         "p_value": p_value,
+        "share": share,
         "stage": stage_title,
         "model": model_title,
         "json": lambda value: json.dumps(value, indent=2, default=str),
@@ -133,11 +135,11 @@ def console_table(report: Mapping, width: int = 100) -> str:
         values = (model.get(key) for key in ("auc", "log_loss", "gauc", "auc_cold", "log_loss_cold"))
         models.add_row(model_title(name), *map(metric, values))
     gained = f"gain  overall {_gain_phrase(gain, 'auc')},  cold {_gain_phrase(gain, 'cold')}"
-    stages = _table("stage", "seconds", "rows", "rows/s", "")
+    stages = _table("stage", "seconds", "rows", "rows/s", "waiting for data", "")
     for name, stage in (report.get("stages") or {}).items():
         note = "skipped: complete from an earlier run" if stage.get("skipped") else ""
         seconds = "-" if stage.get("seconds") is None else f"{stage['seconds']:,.1f}"
-        stages.add_row(name, seconds, count(stage.get("rows")), rate(stage), note)
+        stages.add_row(name, seconds, count(stage.get("rows")), rate(stage), share(stage.get("data_wait")), note)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("rows", ", ".join(f"{count(rows.get(part))} {part}" for part in ("train", "valid", "test", "cold")))
     folder = f" in {quarantine['folder']}" if quarantine.get("folder") else ""
@@ -212,6 +214,11 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def share(value: float | None) -> str:
+    """0.0123 as "1.2%"; None as a dash."""
+    return "-" if value is None else f"{value:.1%}"
 
 
 def size(value: float | None) -> str:

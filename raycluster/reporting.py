@@ -62,6 +62,7 @@ def _stage(day: Day, name: str, manifest: Manifest) -> dict[str, Any]:
         "skipped": name in day.skipped,
         "losses": facts.get("losses", []),
         "valid_auc": facts.get("valid_auc", []),
+        "data_wait": facts.get("data_wait"),
     }
 
 

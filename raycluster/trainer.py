@@ -166,6 +166,7 @@ def _work(config: dict[str, Any]) -> None:
             "losses": progress.losses,
             "valid_auc": progress.valid_auc,
             "best_epoch": progress.best_epoch,
+            "data_wait": progress.waited / max(progress.seconds, 1e-9),
             "workers": group.size,
         }
         with state.create(training.output, training.inputs, facts) as folder:

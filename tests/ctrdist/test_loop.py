@@ -317,8 +317,18 @@ def test_a_slow_source_shows_as_waiting():
             yield batch
 
     records: list[dict[str, float]] = []
-    fit(Line(), slow, LoopConfig(8, log_seconds=1e9), record=records.append)
+    progress = fit(Line(), slow, LoopConfig(8, log_seconds=1e9), record=records.append)
     assert records[0]["data_wait"] > 0.5 and 0 < records[0]["rows_per_second"] <= 8 / 0.03 * 1.2
+    assert 0.15 < progress.waited < progress.seconds
+
+
+def test_the_start_of_a_stream_is_no_waiting():
+    def late(first: int) -> Iterator[Tensor]:
+        time.sleep(0.5)
+        yield from steps_from(first)
+
+    progress = fit(Line(), late, LoopConfig(8, log_seconds=1e9))
+    assert progress.waited < 0.25
 
 
 def threads_end(before: set[threading.Thread]) -> bool:

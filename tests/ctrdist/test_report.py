@@ -33,7 +33,14 @@ def whole():
         "groups": evaluated["groups"],
         "stages": {
             "id": trained_stage,
-            "dap": {"seconds": 61.0, "rows": 90_000, "skipped": False, "losses": losses[:40], "valid_auc": []},
+            "dap": {
+                "data_wait": 0.0123,
+                "seconds": 61.0,
+                "rows": 90_000,
+                "skipped": False,
+                "losses": losses[:40],
+                "valid_auc": [],
+            },
             "roma": {"seconds": 44.1, "rows": 90_000, "skipped": False, "losses": losses[:12]},
             "encode": {"seconds": 0.2, "rows": 90_000, "skipped": True},
             "mf2": trained_stage,
@@ -96,7 +103,16 @@ def test_console_table_fits_a_terminal(whole):
     text = report.console_table(whole)
     lines = text.splitlines()
     assert len(lines) <= 25 and max(map(len, lines)) <= 100
-    for shown in ("best possible", "mf2", "skipped", "quarantined", "/state/releases/2013-09-30", "3.17 GiB", "13,029"):
+    for shown in (
+        "1.2%",
+        "best possible",
+        "mf2",
+        "skipped",
+        "quarantined",
+        "/state/releases/2013-09-30",
+        "3.17 GiB",
+        "13,029",
+    ):
         assert shown in text
     assert "cold +0.1027 ± 0.0099 (p < 0.001)" in text
 
