@@ -1,0 +1,219 @@
+"""From Parquet to ready tensors: our Ray path beside a plain loop in one process, beside the read alone.
+
+One synthetic log of 10 fields and histories of 20 is made, checked and encoded by the job's own pieces. Three readers
+then go over the same row groups in one run: `read` only reads the columns, `plain` also encodes and joins batches in
+one process, `ray` does the same through Ray Data as a training worker gets it. Memory is the peak over all processes,
+at N and at 10 N rows.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ctrdist.batch import collate
+from ctrdist.datasets.canonical import SECONDS_A_DAY, CanonicalWriter
+from ctrdist.fields import new_encoder, save_encoders
+from ctrdist.items import build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
+from ctrdist.log import list_days, list_row_groups, plan_epoch, read_chunk, read_row_group
+from ctrdist.scan import item_counts
+from ctrdist.schema import Field, Schema
+from ctrdist.storage import State
+from ctrdist.vocabulary import Vocabulary
+from raycluster import cluster, ingest
+from raycluster.ingest import LogReader
+
+ROWS_A_DAY = 500_000
+SCHEMA = Schema(
+    user=(Field("user_id"), Field("age"), Field("city"), Field("segments", "multi")),
+    item=(Field("item_id"), Field("brand"), Field("tags", "multi")),
+    context=(Field("device"), Field("hour"), Field("price", "numeric", scale="log")),
+    history_length=20,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Args:
+        rows: N, rows of the smaller log.
+        times: the larger log has this many times as many; 1 leaves it out.
+        users: distinct users.
+        items: distinct items.
+        batch_size: rows of a batch.
+        folder: where to keep the logs; a temporary one if not given.
+    """
+
+    rows: int = 300_000
+    times: int = 10
+    users: int = 200_000
+    items: int = 50_000
+    batch_size: int = 1024
+    folder: Path | None = None
+
+
+def write_log(out: Path, rows: int, options: Options) -> None:
+    """A log with Zipf-like items; histories are drawn like them."""
+    draw = np.random.default_rng(0)
+    item_ids = pa.array([f"item{n:07d}" for n in range(options.items)])
+
+    def names(prefix: str, count: int, size: int) -> pa.Array:
+        dictionary = pa.array([f"{prefix}{n}" for n in range(count)])
+        return dictionary.take(pa.array(draw.integers(0, count, size)))
+
+    def lists(values: pa.Array, length: int) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(np.arange(0, len(values) + 1, length), pa.int32()), values)
+
+    def items(size: int) -> pa.Array:
+        return item_ids.take(pa.array((options.items * draw.random(size) ** 3).astype(np.int64)))
+
+    writer = CanonicalWriter(out, SCHEMA)
+    writer.write_items(
+        pa.table(
+            {
+                "item_id": item_ids,
+                "brand": names("brand", 500, options.items),
+                "tags": lists(names("tag", 300, 3 * options.items), 3),
+            }
+        )  # fmt: skip
+    )
+    for day, start in enumerate(range(0, rows, ROWS_A_DAY)):
+        count = min(ROWS_A_DAY, rows - start)
+        writer.write_interactions(
+            pa.table(
+                {
+                    "user_id": pa.array(draw.integers(0, options.users, count)).cast(pa.string()),
+                    "item_id": items(count),
+                    "label": (draw.random(count) < 0.2).astype(np.int8),
+                    "timestamp": np.sort(draw.integers(0, SECONDS_A_DAY, count)) + day * SECONDS_A_DAY + 1_700_006_400,
+                    "age": names("age", 8, count),
+                    "city": names("city", 1000, count),
+                    "segments": lists(names("segment", 200, 4 * count), 4),
+                    "device": names("device", 6, count),
+                    "hour": draw.integers(0, 24, count),
+                    "price": draw.lognormal(2, 1, count),
+                    "history": lists(items(20 * count), 20),
+                }
+            )  # fmt: skip
+        )
+    writer.finish(options.users)
+
+
+def open_log(data: str, state: State, scratch: Path) -> tuple[LogReader, list]:
+    """Check and encode the log as the job's first stage does; its row groups."""
+    schema, files = Schema.load(f"{data}/schema.yaml"), list_days(data)
+    groups = list_row_groups(data, files, tuple(files), schema)
+    items = read_items(data, schema)
+    ids = grow_catalog_ids(items, Vocabulary())
+    encoders = {f.name: new_encoder(f) for f in schema.row_fields + schema.item}
+
+    def save(name: str) -> LogReader:
+        with state.create(name) as folder:
+            schema.save(folder / "schema.yaml")
+            save_encoders(encoders, folder / "vocabulary")
+            build_catalog(items, ids, schema, encoders).save(folder / "catalog")
+        return LogReader(data, state.uri, name)
+
+    scan = ingest.scan(save("blank"), groups, set(files), scratch)
+    assert not scan.quarantined
+    for field in schema.row_fields:
+        if field.name in scan.samples:
+            encoders[field.name] = encoders[field.name].fit(scan.samples[field.name], field.buckets)
+        else:
+            encoders[field.name] = encoders[field.name].grow(*scan.ids[field.name], field.min_count)
+    counts = item_counts(scan.items, tuple(files), ids.size)
+    encoders = grow_item_vocabularies(items, ids.lookup(items["item_id"]), counts, schema, encoders)
+    return save("read"), groups
+
+
+def read_only(reader: LogReader, groups: list, batch: int) -> Iterator[int]:
+    """The least that any reader does: the columns, decompressed and decoded."""
+    schema, _, _ = reader.open()
+    for group in groups:
+        yield read_row_group(reader.data, group, schema).num_rows
+
+
+def plain(reader: LogReader, groups: list, batch: int) -> Iterator[int]:
+    """Read, check, encode, cut, join: one process, one thread."""
+    schema, encoders, catalog = reader.open()
+    for chunk in plan_epoch(groups, 0, 1, None):
+        for table in read_chunk(reader.data, chunk, schema, encoders, catalog):
+            for start in range(0, table.num_rows, batch):
+                yield len(collate(table.slice(start, batch), schema, catalog))
+
+
+def through_ray(reader: LogReader, groups: list, batch: int) -> Iterator[int]:
+    """The same by Ray Data, as the one worker of a training gets it."""
+    schema, _, catalog = reader.open()
+    stream = ingest.stream(reader, plan_epoch(groups, 0, 1, None), batch)
+    (share,) = ingest.InOrder().configure({"train": stream}, 1, None, None)
+    for table in ingest.blocks(share["train"], batch):
+        yield len(collate(table, schema, catalog))
+
+
+def timed(run: Callable[[], Iterator[int]], rows: int) -> tuple[float, float]:
+    """Seconds until the first batch, and in all; every row must come."""
+    began, seen, first = time.perf_counter(), 0, 0.0
+    for count in run():
+        first = first or time.perf_counter() - began
+        seen += count
+    assert seen == rows, f"{seen} rows of {rows}"
+    return first, time.perf_counter() - began
+
+
+def main(options: Options) -> None:
+    """Measure, print a table, and the JSON line."""
+    cluster.connect()
+    cpus, results = len(os.sched_getaffinity(0)), []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).absolute()
+        for rows in dict.fromkeys((options.rows, options.rows * options.times)):
+            data, state = folder / f"data-{rows}", State(folder / f"state-{rows}")
+            if not (data / "schema.yaml").exists():
+                write_log(data, rows, options)
+            reader, groups = open_log(str(data), state, folder / "bad")
+            for name, run in (("read", read_only), ("plain", plain), ("ray", through_ray)):
+                memory, cores = cluster.PeakMemory(every=0.5), cpus if name == "ray" else 1
+                first, seconds = timed(partial(run, reader, groups, options.batch_size), rows)
+                # Ray Data takes seconds to start, once a training; what counts is its speed from then on.
+                speed = rows / (seconds - (first if name == "ray" else 0))
+                peak = memory.close() / 2**20
+                results.append(
+                    {"reader": name, "rows": rows, "cores": cores, "rows_per_s": speed, "first_batch_s": first}
+                    | {"seconds": seconds, "peak_mib": peak}
+                )
+    show(results)
+    largest = {r["reader"]: r for r in results[-3:]}
+    ratios = {
+        "ray_per_core_over_plain": largest["ray"]["rows_per_s"] / cpus / largest["plain"]["rows_per_s"],
+        "plain_over_read": largest["plain"]["rows_per_s"] / largest["read"]["rows_per_s"],
+        "memory_large_over_small": largest["ray"]["peak_mib"] / results[2]["peak_mib"],
+    }
+    print(json.dumps({"benchmark": "ingest", "rows": results, "ratios": ratios}))
+
+
+def show(results: list[dict]) -> None:
+    """The table for people."""
+    table = Table(title="Parquet to tensors, 10 fields and histories of 20")
+    for name in ("rows", "reader", "rows/s", "cores", "rows/s a core", "first batch s", "peak MiB, all processes"):
+        table.add_column(name, justify="left" if name == "reader" else "right")
+    for r in results:
+        a_core = f"{r['rows_per_s'] / r['cores']:,.0f}"
+        last = (f"{r['first_batch_s']:.1f}", f"{r['peak_mib']:,.0f}")
+        table.add_row(f"{r['rows']:,}", r["reader"], f"{r['rows_per_s']:,.0f}", str(r["cores"]), a_core, *last)
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
