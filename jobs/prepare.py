@@ -1,13 +1,17 @@
-"""Write a dataset in the layout that every job reads: from a public dataset's own files, or from a synthetic world.
+"""Write a dataset in the layout that every job reads, from a public dataset's own files or from a synthetic world; or
+check one.
 
     python jobs/prepare.py synthetic --out .demo/data
     python jobs/prepare.py movietweetings --source downloads/movietweetings --out data/movietweetings
     python jobs/prepare.py table --schema schema.yaml --interactions 'log/*.csv' --items 'items.csv' --out data/own
+    python jobs/prepare.py check --data data/own
 
 A new adapter is one file in `ctrdist/datasets/` with `PROTOCOLS` and `read`, and one line in `ADAPTERS`.
 """
 
+import json
 import sys
+import time
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +36,7 @@ from ctrdist.datasets import (
 from ctrdist.datasets.canonical import Summary
 from ctrdist.datasets.table import TableOptions
 from ctrdist.errors import UserError
+from ctrdist.report import duration
 from ctrdist.schema import Schema
 
 ADAPTERS = {
@@ -148,9 +153,54 @@ class Tables:
         )
 
 
+@dataclass(frozen=True)
+class Check:
+    """What is in a prepared log, and what is wrong with it: exit status 1 where a job would set rows aside.
+
+    Args:
+        data: the prepared log, a folder or URI.
+        lm: folder or Hugging Face name of the language model whose tokens texts are counted in; words if not given.
+        json: file to write all numbers to as well.
+    """
+
+    data: str
+    lm: str = ""
+    json: Path | None = None
+
+    def run(self) -> int:
+        """Read the log and print what is found; returns the exit status."""
+        from ctrdist import check_table
+        from ctrdist.check import check
+
+        found = check(self.data, self.lm, Progress())
+        print(check_table.show(found))
+        if self.json:
+            try:
+                self.json.write_text(json.dumps(found.to_json(), indent=1) + "\n")
+            except OSError as error:
+                raise UserError(f"--json {self.json}: cannot be written ({error.strerror})") from None
+        return 1 if found.bad else 0
+
+
+class Progress:
+    """Says on standard error every ten seconds how far a long pass is: call it with the rows done and all rows."""
+
+    def __init__(self, every: float = 10.0) -> None:
+        self.every = every
+        self.began = self.said = time.monotonic()
+
+    def __call__(self, done: int, rows: int) -> None:
+        now = time.monotonic()
+        if now - self.said >= self.every and done < rows:
+            self.said = now
+            left = duration((now - self.began) / done * (rows - done))
+            print(f"{done:,} of {rows:,} rows, about {left} left", file=sys.stderr, flush=True)
+
+
 Command = Union[  # noqa: UP007 - made of a dictionary
     Annotated[Synthetic, tyro.conf.subcommand("synthetic")],
     Annotated[Tables, tyro.conf.subcommand("table")],
+    Annotated[Check, tyro.conf.subcommand("check")],
     *(subcommand(name, module) for name, module in ADAPTERS.items()),
 ]
 
@@ -180,6 +230,8 @@ def main() -> int:
     """Run one subcommand; returns the exit status."""
     command = tyro.cli(Command, description=__doc__)
     try:
+        if isinstance(command, Check):
+            return command.run()
         summary = command.run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

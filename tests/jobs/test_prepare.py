@@ -1,3 +1,6 @@
+import json
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +56,29 @@ def test_movietweetings(tmp_path):
     assert done.returncode == 1
     assert "movies.dat: no such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_check_tells_good_from_bad_by_its_exit_status(tmp_path, small_log):
+    done = prepare("check", "--data", small_log, "--json", tmp_path / "check.json")
+    assert done.returncode == 1 and not done.stderr
+    assert done.stdout.splitlines()[-1].startswith("5 of 44 rows are bad")
+    assert json.loads((tmp_path / "check.json").read_text())["faults"]["label not 0 or 1"]["count"] == 1
+
+    good = Path(shutil.copytree(small_log, tmp_path / "good"))
+    shutil.rmtree(good / "interactions" / "dt=2024-01-04")
+    done = prepare("check", "--data", good)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "nothing is wrong in 32 rows"
+
+
+def test_a_long_check_says_how_far_it_is(capsys):
+    progress = runpy.run_path(str(REPOSITORY / "jobs" / "prepare.py"))["Progress"](every=0)
+    progress(1_000, 4_000)
+    progress(4_000, 4_000)
+    said = capsys.readouterr()
+    assert said.err == "1,000 of 4,000 rows, about 0.0 s left\n" and not said.out
+
+
+def test_check_of_nothing(tmp_path):
+    done = prepare("check", "--data", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ") and "schema.yaml: no such file" in done.stderr
