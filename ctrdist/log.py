@@ -223,8 +223,11 @@ def check_types(path: str, found: pa.Schema, schema: Schema, split: bool = False
     def is_list(type_: pa.DataType) -> bool:
         return (pa.types.is_list(type_) or pa.types.is_large_list(type_)) and is_id(type_.value_type)
 
+    def is_value(type_: pa.DataType) -> bool:
+        return pa.types.is_integer(type_) or pa.types.is_floating(type_)
+
     def is_number(type_: pa.DataType) -> bool:
-        return pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_)
+        return is_value(type_) or pa.types.is_boolean(type_)
 
     wanted = [
         (USER_ID, is_id, "strings or integers"),
@@ -236,7 +239,7 @@ def check_types(path: str, found: pa.Schema, schema: Schema, split: bool = False
         if field.kind == MULTI:
             wanted.append((field.name, is_list, "lists of strings or integers"))
         elif field.kind == NUMERIC:
-            wanted.append((field.name, is_number, "numbers"))
+            wanted.append((field.name, is_value, "integers or floats"))
         else:
             wanted.append((field.name, is_id, "strings or integers"))
     if schema.history_length:

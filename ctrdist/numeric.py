@@ -42,8 +42,7 @@ class Numeric:
         values = sample[1]
         if self.scale != QUANTILE or len(self.edges) or not len(values):
             return self
-        shares = np.arange(1, buckets) / buckets
-        return Numeric(self.scale, np.unique(np.quantile(values, shares, method="inverted_cdf")))
+        return Numeric(self.scale, quantile_edges(values, buckets))
 
     def lookup(self, values: pa.Array | pa.ChunkedArray, column: str = "column") -> np.ndarray:
         """Rows, int32, of numbers; or for scale `log` logarithms, float32.
@@ -73,6 +72,30 @@ class Numeric:
         """What `save` wrote."""
         content = json.loads((folder / "numeric.json").read_text())
         return cls(content["scale"], np.array(content["edges"], np.float64))
+
+
+def quantile_edges(values: np.ndarray, buckets: int) -> np.ndarray:
+    """Edges that cut values into at most `buckets` parts of like size, none of them empty.
+
+    A value that fills a part alone, such as the zeros of a count, gets a part of its own, so that the others are told
+    apart all the same.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    heavy = counts * buckets >= len(values)
+    rest = values[~np.isin(values, distinct[heavy])]
+    own = np.concatenate([distinct[heavy], distinct[1:][heavy[:-1]]])  # from the value to the next one above
+    edges = np.union1d(own, _quantiles(rest, buckets - 2 * int(heavy.sum())))
+    edges = edges[edges > distinct[0]]
+    if len(edges) >= buckets:
+        edges = np.unique(_quantiles(values, buckets))
+        edges = edges[edges > distinct[0]]
+    return edges
+
+
+def _quantiles(values: np.ndarray, parts: int) -> np.ndarray:
+    if parts < 2 or not len(values):
+        return np.empty(0)
+    return np.quantile(values, np.arange(1, parts) / parts, method="inverted_cdf")
 
 
 def to_numbers(values: pa.Array | pa.ChunkedArray, column: str = "column") -> np.ndarray:

@@ -83,7 +83,7 @@ def scan_row_group(
     for schema_field in schema.row_fields if ids else ():
         values = good[schema_field.name].combine_chunks()
         if schema_field.kind == NUMERIC:
-            piece = zlib.crc32(f"{schema_field.name} {group.path} {group.index} {group.split}".encode())
+            piece = zlib.crc32(f"{schema_field.name} {group.part} {Path(group.path).name} {group.index}".encode())
             scan.samples[schema_field.name] = sample_values(to_numbers(values, schema_field.name), piece)
             continue
         if schema_field.kind == MULTI:

@@ -30,7 +30,7 @@ def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not {encoding}; convert the file to {encoding} first") from None
-    return text.removesuffix("\n").replace("\r\n", "\n").split("\n") if text else []
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
 def require(path: Path) -> Path:

@@ -97,7 +97,7 @@ def write(raw: Raw, protocol: Protocol, out: str | Path, item_text: Path | None 
         history_length=protocol.history_length if timed or HISTORY in raw.log.column_names else 0,
     )  # fmt: skip
     writer = CanonicalWriter(out, schema)
-    log = _label(_keep(raw.log, protocol), protocol, items, np.random.default_rng([seed, 0]))
+    log, lacking = _label(_keep(raw.log, protocol), protocol, items, np.random.default_rng([seed, 0]))
     if not log.num_rows:
         raise UserError(f"{out}: the protocol leaves no row of {raw.log.num_rows:,}")
     log = log.sort_by(TIMESTAMP) if timed else log.append_column(TIMESTAMP, pa.array(np.arange(log.num_rows)))
@@ -127,7 +127,7 @@ def write(raw: Raw, protocol: Protocol, out: str | Path, item_text: Path | None 
                 column = own.take(pa.array(place[start : start + part.num_rows]))
             part = part.append_column(HISTORY, column)
         writer.write_interactions(part, timed)
-    return writer.finish(users=len(user.dictionary), counts=raw.counts)
+    return writer.finish(users=len(user.dictionary), counts=raw.counts | lacking)
 
 
 def own_histories(column: pa.Array, known: pa.Array, length: int) -> tuple[pa.ListArray, np.ndarray]:
@@ -175,8 +175,11 @@ def core(user: np.ndarray, item: np.ndarray, least: int) -> np.ndarray:
     return rows
 
 
-def _label(log: pa.Table, protocol: Protocol, items: pa.Table, draws: np.random.Generator) -> pa.Table:
-    """The log with `label` (int8) in place of `rating`, and the sampled negatives below their clicks."""
+def _label(
+    log: pa.Table, protocol: Protocol, items: pa.Table, draws: np.random.Generator
+) -> tuple[pa.Table, dict[str, int]]:
+    """The log with `label` (int8) in place of `rating`, and the sampled negatives below their clicks; and how many of
+    these found no item."""
     if LABEL not in log.column_names:
         if protocol.positive is None:
             label = pa.array(np.ones(log.num_rows, np.int8))
@@ -185,7 +188,7 @@ def _label(log: pa.Table, protocol: Protocol, items: pa.Table, draws: np.random.
         log = log.append_column(LABEL, label)
     log = log.drop_columns([RATING]) if RATING in log.column_names else log
     if not protocol.negatives:
-        return log
+        return log, {}
     known = log[ITEM_ID].filter(pc.is_in(log[ITEM_ID], items[ITEM_ID].combine_chunks())).unique()
     user = log[USER_ID].combine_chunks().dictionary_encode().indices.to_numpy()
     item = pc.index_in(log[ITEM_ID], known).combine_chunks()
@@ -198,7 +201,8 @@ def _label(log: pa.Table, protocol: Protocol, items: pa.Table, draws: np.random.
         negatives.column_names.index(ITEM_ID), ITEM_ID, known.take(pa.array(chosen[found])).cast(log[ITEM_ID].type)
     ).set_column(negatives.column_names.index(LABEL), LABEL, pa.array(np.zeros(int(found.sum()), np.int8)))
     order = np.argsort(np.concatenate([np.arange(log.num_rows), at[found]]), kind="stable")
-    return pa.concat_tables([log, negatives]).take(pa.array(order))
+    lacking = {"negatives left out, as the user has rows of nearly all items": int((~found).sum())}
+    return pa.concat_tables([log, negatives]).take(pa.array(order)), lacking
 
 
 def sample_negatives(

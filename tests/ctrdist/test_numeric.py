@@ -28,9 +28,9 @@ NUMBERS = st.one_of(st.none(), st.floats(width=32), st.integers(-1000, 1000).map
 @given(st.lists(NUMBERS, max_size=40), st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.integers(2, 9))
 def test_a_number_gets_the_row_of_its_bucket(values, seen, buckets):
     field = Numeric("quantile").fit((np.zeros(len(seen)), np.array(seen)), buckets)
-    ordered = sorted(seen)
-    edges = sorted({ordered[math.ceil(len(seen) * k / buckets) - 1] for k in range(1, buckets)})
-    assert field.edges.tolist() == edges and field.size == 2 + len(edges) + 1 <= 2 + buckets
+    edges = field.edges.tolist()
+    assert edges == sorted(set(edges)) and field.size == 2 + len(edges) + 1 <= 2 + buckets
+    assert set(field.lookup(pa.array(seen))) == set(range(2, field.size)), "a bucket without a value is never trained"
     expected = [
         1 if value is None or not math.isfinite(value) else 2 + sum(edge <= value for edge in edges) for value in values
     ]
@@ -55,6 +55,17 @@ def test_buckets_hold_like_shares_and_never_move():
     assert np.abs(shares - 0.1).max() < 0.001
     assert field.fit(sample_values(values * 100, 1), 10) is field
     assert Numeric("quantile").fit((np.empty(0), np.empty(0)), 10).size == 3
+
+
+def test_a_value_that_fills_buckets_alone_has_one_for_itself():
+    values = np.concatenate([np.zeros(9_000), np.random.default_rng(0).integers(1, 11, 1_000)])
+    field = Numeric("quantile").fit(sample_values(values, 1), 8)
+    rows = field.lookup(pa.array(values))
+    assert set(values[rows == rows[0]]) == {0.0}
+    shares = np.bincount(rows[9_000:])[3:] / 1_000
+    assert len(shares) == 6 and shares.min() > 0.08 and shares.max() < 0.3
+    ages = Numeric("quantile").fit((np.zeros(6), np.array([18.0, 18, 18, 25, 40, 40])), 3)
+    assert ages.lookup(pa.array([17, 18, 25, 40, 99])).tolist() == [2, 2, 3, 4, 4]
 
 
 def test_samples_add_up_in_any_order_and_are_even(monkeypatch):
@@ -114,12 +125,12 @@ def test_from_the_log_to_the_fields_of_a_model(log, tmp_path):
     encoders = load_encoders(tmp_path / "encoders")
     build_catalog(items, ids, schema, encoders).save(tmp_path / "catalog")
     catalog = Catalog.load(tmp_path / "catalog", schema)
-    assert encoders["age"].edges.tolist() == [20] and encoders["pages"].edges.tolist() == [200]
+    assert encoders["age"].edges.tolist() == [20, 30] and encoders["pages"].edges.tolist() == [200]
     assert catalog.fields["pages"].tolist() == [0, 1, 2, 3, 3]
 
     table = pq.read_table(f"{data}/interactions/dt=1970-01-01", partitioning=None)
     encoded = pa.concat_tables([encode(table, schema, encoders, catalog), fillers(schema, 3)])
-    assert encoded["age"].to_pylist()[:5] == [2, 3, 3, 1, 3]
+    assert encoded["age"].to_pylist()[:5] == [2, 3, 4, 1, 3]
     batch = collate(encoded, schema, catalog)
     assert len(batch) == 5
     model = ClickModel(schema, table_sizes(encoders, schema), ClickConfig(dim=4, unknown_share=0)).double()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrdist.datasets import files
-from ctrdist.datasets.files import drop_repeated, read_json_lines, with_unlisted
+from ctrdist.datasets.files import drop_repeated, read_json_lines, read_lines, with_unlisted
 from ctrdist.errors import UserError
 
 COLUMNS = pa.schema({"id": pa.string(), "n": pa.float32(), "t": pa.int64(), "words": pa.list_(pa.string())})
@@ -83,6 +83,12 @@ def test_malformed_line_is_named(tmp_path, monkeypatch, line, message, block):
     (tmp_path / "x.json").write_bytes(b'{"id": "a"}\n{"id": "b"}\n' + line + b'\n{"id": "c"}\n')
     with pytest.raises(UserError, match=rf"x\.json: {message}"):
         read_json_lines(tmp_path / "x.json", COLUMNS)
+
+
+@pytest.mark.parametrize("content", [b"a::1\r\nb::2\r\n", b"a::1\nb::2", b"a::1\r\nb::2"])
+def test_lines_of_any_ending(tmp_path, content):
+    (tmp_path / "x.dat").write_bytes(content)
+    assert read_lines(tmp_path / "x.dat") == ["a::1", "b::2"]
 
 
 def test_missing_empty_and_cut_files(tmp_path):
