@@ -119,18 +119,20 @@ class Synthetic:
 
 @dataclass(frozen=True)
 class Tables:
-    """Tables of your own, of any size: Parquet, CSV (.csv, .tsv) or JSON lines (.json, .jsonl), gzipped or not.
+    """Tables of your own, of any size: Parquet, or CSV (.csv, .tsv) or JSON lines (.json, .jsonl), gzipped or not.
 
     Rows are dealt to buckets of users by Ray tasks, so memory is a matter of the bucket and not of the log; on several
-    nodes `out` must lie where all of them see it. Quote patterns, so that the shell leaves them alone.
+    nodes `out` must lie where all of them see it. Quote patterns, so that the shell leaves them alone. A run that was
+    cut off is run again with the same arguments.
 
     Args:
         schema: the schema.yaml of the dataset to be (docs/data.md).
         interactions: glob pattern of the log's files.
         items: glob pattern of the items' files.
         out: folder to write; absent or empty, or with --append a dataset that this command made.
-        users: glob pattern of files with user_id and fields of the user that the log itself does not have.
-        append: add days that are all later than those in `out`; histories go on from there.
+        users: glob pattern of files with user_id and fields of the user, for those that the log itself does not have.
+        append: add days that are all later than those in `out`, with the same schema and options; histories go on from
+            there.
         options: how columns are read.
     """
 
@@ -216,6 +218,7 @@ def show(summary: Summary, out: Path) -> None:
         ("users", f"{summary.users:,}"),
         ("items", f"{summary.items:,}"),
         ("items with text", f"{summary.items_with_text:,}"),
+        *([("of these with a free text", f"{summary.free_texts:,}")] if summary.free_texts is not None else []),
         ("click rate", f"{summary.positives / summary.rows:.1%}"),
         *((name, f"{count:,}") for name, count in summary.counts.items()),
         ("rows with history", f"{summary.rows_with_history / summary.rows:.1%}"),

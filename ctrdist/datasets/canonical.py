@@ -1,6 +1,7 @@
 """Writes a log in the one layout that every job reads; the adapters of this folder only bring the columns."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ctrdist.errors import UserError
+from ctrdist.language.texts import join_texts
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, SPLIT, TIMESTAMP, USER_ID, Schema
 
 SECONDS_A_DAY = 86_400
 ROWS_PER_FILE = 500_000  # keeps the int32 offsets of strings and histories far from their limit
 FOLDERS = ("items", "users", "interactions", "work")
 HISTORIES = "histories-"  # and the last day in it: what each user did last
+LEDGER = "histories.json"
+FILES = (LEDGER, f"{LEDGER}.part", "schema.yaml.part")
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Summary:
         items: rows of `items/`, shown in the log or not.
         positives: rows with label 1.
         rows_with_history: rows with one earlier behaviour or more.
-        items_with_text: items whose `text` column is neither null nor empty.
+        items_with_text: items whose text, by the schema, is not empty.
+        free_texts: of these, items with a text of a public dataset's own, or from `--item-text`; None if unknown.
         best_auc: AUC of the true click probability over all rows, which no model can beat but by luck; None where
             the truth is unknown, nan where all labels are the same.
         counts: what was handled on the way, such as {"duplicate rows dropped": 12}.
@@ -43,6 +48,7 @@ class Summary:
     rows_with_history: int
     items_with_text: int
     best_auc: float | None = None
+    free_texts: int | None = None
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -71,8 +77,7 @@ class CanonicalWriter:
         assert not missing, f"items lack {missing}"
         write_file(items, self.out / "items" / "part-00000.parquet")
         self.items = items.num_rows
-        if "text" in items.column_names:
-            self.items_with_text = pc.sum(pc.greater(pc.utf8_length(items["text"]), 0)).as_py() or 0
+        self.items_with_text = items_with_text(items, self.schema)
 
     def write_interactions(self, rows: pa.Table, timed: bool = True) -> None:
         """Append rows of the log, each to a new file of its UTC day.
@@ -85,17 +90,9 @@ class CanonicalWriter:
         """
         columns = canonical_columns(self.schema, rows.schema)
         rows = rows.select(columns.names).cast(columns)
-        day = rows[TIMESTAMP].to_numpy() // (SECONDS_A_DAY if timed else np.iinfo(np.int64).max)
-        if np.any(day[1:] < day[:-1]):
-            order = np.argsort(day, kind="stable")
-            rows, day = rows.take(order), day[order]
-        cuts = np.r_[np.flatnonzero(np.r_[True, day[1:] != day[:-1]]), len(day)] if len(day) else [0]
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
-            date = np.datetime64(int(day[start]), "D")
-            for first in range(start, stop, ROWS_PER_FILE):
-                number = self._files_of_day[date] = self._files_of_day.get(date, -1) + 1
-                part = rows.slice(first, min(ROWS_PER_FILE, stop - first))
-                write_file(part, self.out / "interactions" / f"dt={date}" / f"part-{number:05d}.parquet")
+        for date, part in by_day(rows, timed):
+            number = self._files_of_day[date] = self._files_of_day.get(date, -1) + 1
+            write_file(part, self.out / "interactions" / f"dt={date}" / f"part-{number:05d}.parquet")
         self.rows += rows.num_rows
         self.positives += pc.sum(pc.cast(rows[LABEL], pa.int64())).as_py() or 0
         if self.schema.history_length:
@@ -103,12 +100,41 @@ class CanonicalWriter:
 
     def finish(self, users: int, best_auc: float | None = None, counts: dict[str, int] | None = None) -> Summary:
         """Write `schema.yaml` and sum up; `users` is the count of distinct users of the log."""
-        self.schema.save(self.out / "schema.yaml")
+        save_schema(self.schema, self.out)
         return Summary(
             rows=self.rows, days=len(self._files_of_day), users=users, items=self.items, positives=self.positives,
             rows_with_history=self.rows_with_history, items_with_text=self.items_with_text, best_auc=best_auc,
             counts=counts or {},
         )  # fmt: skip
+
+
+def by_day(rows: pa.Table, timed: bool = True) -> Iterator[tuple[np.datetime64, pa.Table]]:
+    """Rows of the log with their UTC day, at most ROWS_PER_FILE at once, days ascending.
+
+    Args:
+        rows: in any order; those in order of time are cut without a copy.
+        timed: False where `timestamp` is a row number: all rows then are of the day 1970-01-01.
+    """
+    day = rows[TIMESTAMP].to_numpy() // (SECONDS_A_DAY if timed else np.iinfo(np.int64).max)
+    if np.any(day[1:] < day[:-1]):
+        order = np.argsort(day, kind="stable")
+        rows, day = rows.take(order), day[order]
+    cuts = np.r_[np.flatnonzero(np.r_[True, day[1:] != day[:-1]]), len(day)] if len(day) else [0]
+    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for first in range(start, stop, ROWS_PER_FILE):
+            yield np.datetime64(int(day[start]), "D"), rows.slice(first, min(ROWS_PER_FILE, stop - first))
+
+
+def items_with_text(items: pa.Table, schema: Schema) -> int:
+    """How many items have any text, by the schema's parts of it."""
+    return pc.sum(pc.not_equal(join_texts(items, schema.text), "")).as_py() or 0
+
+
+def save_schema(schema: Schema, out: Path) -> None:
+    """Write `schema.yaml` in one piece: from then on the dataset exists."""
+    part = out / "schema.yaml.part"
+    schema.save(part)
+    part.replace(out / "schema.yaml")
 
 
 def canonical_columns(schema: Schema, found: pa.Schema) -> pa.Schema:
@@ -143,9 +169,11 @@ def clear_unfinished(out: Path) -> None:
     for path in out.rglob("*"):
         top, *below = path.relative_to(out).parts
         files = ("part-*.parquet", "bucket-*.parquet", "*.arrow", "*.npy")
-        ours = top in FOLDERS or top.startswith(HISTORIES)
-        ours = ours and (path.is_dir() or (below and any(path.match(name) for name in files)))
+        ours = (top in FOLDERS or top.startswith(HISTORIES)) and (
+            path.is_dir() or (below and any(path.match(name) for name in files))
+        )
+        ours = ours or (top in FILES and not below and path.is_file())
         if not ours or path.is_symlink():
             raise UserError(f"{out}: is not empty ('{path.relative_to(out)}' is there); choose an empty or new --out")
-    for folder in out.iterdir():
-        shutil.rmtree(folder)
+    for path in out.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from pyarrow import csv
 
 from ctrdist.datasets.files import refuse, refuse_repeated, require, with_unlisted
+from ctrdist.datasets.films import genre_lists, title_and_year
 from ctrdist.datasets.protocol import RATING, Protocol, Raw
 from ctrdist.errors import UserError
 from ctrdist.schema import ITEM_ID, MULTI, TIMESTAMP, USER_ID, Field
@@ -20,7 +21,6 @@ PROTOCOLS = {
     "default": Protocol(positive=4),
     "cela": Protocol(positive=3, split="time", history_length=20),
 }
-NO_GENRES = "(no genres listed)"
 
 
 def read(source: Path) -> Raw:
@@ -54,18 +54,6 @@ def read(source: Path) -> Raw:
         text=("{title}", "({year}).", "{genres}.", "{text}"),
         counts={"items without metadata": unlisted},
     )
-
-
-def title_and_year(names: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """`Toy Story (1995)` -> `Toy Story`, `1995`. A span of years gives its first; a name without any, a null year."""
-    parts = pc.extract_regex(names, r"^\s*(?P<title>.*\S)\s*\((?P<year>\d{4})(?:[-–]\d{0,4})?\)\s*$")
-    return pc.coalesce(pc.struct_field(parts, "title"), pc.utf8_trim_whitespace(names)), pc.struct_field(parts, "year")
-
-
-def genre_lists(genres: pa.Array) -> pa.Array:
-    """`Comedy|Drama` -> [Comedy, Drama]; an empty list where there are none."""
-    none = pc.is_in(genres, pa.array(["", NO_GENRES]))
-    return pc.if_else(none, pa.scalar([], pa.list_(pa.string())), pc.split_pattern(genres, "|"))
 
 
 def _read_items(path: Path) -> pa.Table:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctrdist.datasets.files import integers, read_columns, refuse, refuse_repeated, with_unlisted
-from ctrdist.datasets.movielens import genre_lists, title_and_year
+from ctrdist.datasets.films import genre_lists, title_and_year
 from ctrdist.datasets.protocol import RATING, Protocol, Raw
 from ctrdist.schema import ITEM_ID, TIMESTAMP, USER_ID, Field
 

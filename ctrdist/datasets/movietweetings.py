@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctrdist.datasets.files import integers, read_columns, refuse, refuse_repeated
+from ctrdist.datasets.films import genre_lists, title_and_year
 from ctrdist.datasets.protocol import RATING, Protocol, Raw
 from ctrdist.schema import ITEM_ID, MULTI, TIMESTAMP, USER_ID, Field
 
@@ -36,12 +37,5 @@ def _read_items(path: Path) -> pa.Table:
     """item_id, title, year (null if the title has none), genres."""
     item, name, genres = read_columns(path, "item::title (year)::genres", may_be_empty=("genres",)).values()
     refuse_repeated(path, item)
-    parts = pc.extract_regex(name, r"^(?P<title>.*) \((?P<year>\d{4})\)$")
-    return pa.table(
-        {
-            ITEM_ID: item,
-            "title": pc.coalesce(pc.struct_field(parts, "title"), name),
-            "year": pc.struct_field(parts, "year"),
-            "genres": pa.array([g.split("|") if g else [] for g in genres.to_pylist()], pa.list_(pa.string())),
-        }
-    )
+    title, year = title_and_year(name)
+    return pa.table({ITEM_ID: item, "title": title, "year": year, "genres": genre_lists(genres)})

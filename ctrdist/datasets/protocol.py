@@ -3,7 +3,7 @@
 An adapter reads its dataset's own files into `Raw`; `write` does the rest, alike for all of them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctrdist.datasets.canonical import CanonicalWriter, Summary
-from ctrdist.datasets.files import with_item_texts
+from ctrdist.datasets.files import TEXT, with_item_texts
 from ctrdist.errors import UserError
 from ctrdist.history import history_column, recent_behaviours
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, SPLIT, TIMESTAMP, USER_ID, Field, Schema
@@ -89,6 +89,7 @@ def write(raw: Raw, protocol: Protocol, out: str | Path, item_text: Path | None 
             the log.
     """
     items = with_item_texts(raw.items, item_text)
+    free = pc.sum(pc.greater(pc.utf8_length(items[TEXT]), 0)).as_py() or 0
     timed = TIMESTAMP in raw.log.column_names
     if not timed and protocol.split not in ("file", "random"):
         raise UserError(f"--split {protocol.split}: this dataset has no time; take file or random")
@@ -127,7 +128,7 @@ def write(raw: Raw, protocol: Protocol, out: str | Path, item_text: Path | None 
                 column = own.take(pa.array(place[start : start + part.num_rows]))
             part = part.append_column(HISTORY, column)
         writer.write_interactions(part, timed)
-    return writer.finish(users=len(user.dictionary), counts=raw.counts | lacking)
+    return replace(writer.finish(len(user.dictionary), counts=raw.counts | lacking), free_texts=free)
 
 
 def own_histories(column: pa.Array, known: pa.Array, length: int) -> tuple[pa.ListArray, np.ndarray]:

@@ -2,38 +2,63 @@
 
     1. `write_items`, `write_users`: the small tables, once.
     2. `partition`, for each file of the log: its rows, brought to the layout's columns, dealt to buckets of users.
-    3. `finish_bucket`, for each bucket: histories, and a file a day.
+    3. `finish_bucket`, for each bucket: histories, and files by day.
+    4. `Ledger.save`, from which on the dataset is as good as there, and `complete`, which puts all in its place.
 
 Everything of one user is in one bucket, so a bucket's histories need no other bucket; how much memory it takes is a
 matter of the number of buckets, not of the rows of the log. What each user did last is kept, so that later days can be
 appended without reading the earlier ones again.
+
+All is written to a `work` folder of this one run, and moved from there at the end, so a run that is cut off leaves the
+dataset as it was.
 """
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.dataset as ds
-import pyarrow.json
 import pyarrow.parquet as pq
 
-from ctrdist.datasets.canonical import HISTORIES, SECONDS_A_DAY, canonical_columns, write_file
+from ctrdist.config import to_dict
+from ctrdist.datasets.canonical import (
+    HISTORIES,
+    LEDGER,
+    ROWS_PER_FILE,
+    SECONDS_A_DAY,
+    by_day,
+    canonical_columns,
+    items_with_text,
+    save_schema,
+    write_file,
+)
+from ctrdist.datasets.table_files import (
+    ANY,
+    ID,
+    LIST,
+    NUMBER,
+    NUMERIC,
+    TEXT,
+    Columns,
+    convert,
+    read_pieces,
+    without_no_value,
+)
 from ctrdist.errors import UserError
 from ctrdist.history import history_column, recent_behaviours
-from ctrdist.items import require_columns
-from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, TIMESTAMP, USER_ID, Schema
+from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, MULTI, TIMESTAMP, USER_ID, Field, Schema
 from ctrdist.vocabulary import Vocabulary, to_keys
 
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
-ROWS_AT_ONCE = 262_144
+KINDS = {CATEGORICAL: ID, MULTI: LIST, NUMERIC: NUMERIC}
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+AFTER_LAST = int(np.datetime64("2262-01-01", "s").astype(np.int64))  # nanoseconds end in that year
+BEHAVIOURS_AT_ONCE = 10_000_000
+NO_TIME, NO_LABEL = "without a timestamp", "without a label"
 
 
 @dataclass(frozen=True)
@@ -41,10 +66,11 @@ class TableOptions:
     """How tables become a canonical log.
 
     Args:
-        rename: `theirs=ours` for each column that has another name than in the layout or the schema.
-        rating: column whose values from `positive` up are clicks, where there is no `label`.
+        rename: `theirs=ours` for each column that has another name than in the layout or the schema, in the files that
+            have it.
+        rating: column whose values from `positive` up are clicks, in place of a `label`.
         positive: the least rating of a click.
-        time_unit: of integer timestamps; columns of a timestamp type need none.
+        time_unit: of timestamps that are numbers; columns of a timestamp type need none.
         history: `positive` or `all`: derived, from the clicks or from all rows; `column`: the log's own list column.
     """
 
@@ -55,81 +81,45 @@ class TableOptions:
     history: Literal["positive", "all", "column"] = "positive"
 
     def names(self) -> dict[str, str]:
-        """Ours by theirs. Raises UserError for a pair that is none."""
-        pairs = [pair.split("=", 1) for pair in self.rename]
-        for pair in pairs:
-            if len(pair) != 2 or not all(pair):
-                raise UserError(f"--rename {'='.join(pair)}: expected theirs=ours, such as uid=user_id")
-        return {theirs: ours for theirs, ours in pairs}
+        """Ours by theirs. Raises UserError for a pair that is none, or for two names of one column."""
+        names: dict[str, str] = {}
+        for pair in self.rename:
+            theirs, _, ours = pair.partition("=")
+            if not theirs or not ours:
+                raise UserError(f"--rename {pair}: expected theirs=ours, such as uid=user_id")
+            if names.setdefault(theirs, ours) != ours:
+                raise UserError(
+                    f"--rename {pair}: '{theirs}' is renamed to '{names[theirs]}' already; give it one name"
+                )
+        return names
 
 
-def open_table(path: str, strings: set[str]) -> ds.Dataset:
-    """A file as a pyarrow dataset, by its ending; `.gz` may follow.
-
-    Args:
-        strings: columns that a CSV file, which has no types, has strings in: 007 is not 7. Its empty values are null.
+def write_items(paths: list[str], schema: Schema, options: TableOptions, work: Path) -> tuple[int, int]:
+    """Write `work/items/`; returns the number of items, and of those with text.
 
     Raises:
-        UserError: an ending that is not known, or a file that is not what its ending says.
+        UserError: no items, a missing column, a null item id, or an item twice.
     """
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix != ".gz"]
-    kind = FORMATS.get(suffixes[-1] if suffixes else "")
-    if kind is None:
-        raise UserError(f"{path}: not one of {', '.join(FORMATS)}; convert it, or rename it to what it is")
-    options: ds.FileFormat | str = kind
-    if kind == "csv":
-        options = ds.CsvFileFormat(
-            parse_options=pa.csv.ParseOptions(delimiter="\t" if suffixes[-1] == ".tsv" else ","),
-            convert_options=pa.csv.ConvertOptions(
-                column_types=dict.fromkeys(strings, pa.string()), null_values=[""], strings_can_be_null=True
-            ),
-        )
-    try:
-        return ds.dataset(path, format=options)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a readable {kind} file ({str(error).splitlines()[0]})") from None
-
-
-def _strings(schema: Schema, names: dict[str, str]) -> set[str]:
-    """Their names of the columns that hold strings, ids among them."""
-    ours = {field.name for field in schema.row_fields + schema.item if field.kind != NUMERIC}
-    ours |= {USER_ID, ITEM_ID, *schema.text_columns}
-    return ours - set(names.values()) | {theirs for theirs, own in names.items() if own in ours}
-
-
-def read_whole(
-    paths: list[str], schema: Schema, columns: list[str], optional: list[str], names: dict[str, str]
-) -> pa.Table:
-    """Small tables, joined: `columns`, and of `optional` those that are there, under our names."""
-    tables = []
-    for path in paths:
-        table = open_table(path, _strings(schema, names)).to_table()
-        table = table.rename_columns([names.get(name, name) for name in table.column_names])
-        require_columns(path, columns, table.column_names)
-        tables.append(table.select([name for name in [*columns, *optional] if name in table.column_names]))
-    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-
-
-def write_items(paths: list[str], schema: Schema, options: TableOptions, out: Path) -> int:
-    """Write `items/`; returns the number of items. Raises UserError for a missing column or an item twice."""
-    wanted = list(dict.fromkeys([field.name for field in schema.item] + list(schema.text_columns)))
-    items = read_whole(paths, schema, wanted, [], options.names())
-    items = items.set_column(items.column_names.index(ITEM_ID), ITEM_ID, items[ITEM_ID].cast(pa.string()))
-    for field in schema.item:
-        if field.kind == MULTI and not pa.types.is_list(items[field.name].type):
-            lists = pc.split_pattern(pc.cast(items[field.name], pa.string()), "|")
-            items = items.set_column(items.column_names.index(field.name), field.name, lists)
-    _refuse_repeated(items[ITEM_ID], f"{paths[0]}: column '{ITEM_ID}'")
-    write_file(items, out / "items" / "part-00000.parquet")
-    return items.num_rows
+    kinds = dict.fromkeys(schema.text_columns, TEXT) | _kinds(schema.item)
+    items = _read_whole(paths, Columns(kinds, tuple(kinds), options.names()))
+    if items is None:
+        raise UserError(f"--items: {paths[0]}: no rows" + (f", nor in {len(paths) - 1} more" if paths[1:] else ""))
+    _refuse_bad_ids(items[ITEM_ID], f"{paths[0]}: column '{ITEM_ID}'")
+    write_file(items, work / "items" / "part-00000.parquet")
+    return items.num_rows, items_with_text(items, schema)
 
 
 def write_users(paths: list[str], schema: Schema, options: TableOptions, work: Path) -> list[str]:
-    """Keep the users' fields where each piece finds them; returns the names of the fields."""
-    wanted = [field.name for field in schema.user if field.name != USER_ID]
-    users = read_whole(paths, schema, [USER_ID], wanted, options.names())
-    ids = users[USER_ID].cast(pa.string()).combine_chunks()
-    _refuse_repeated(ids, f"{paths[0]}: column '{USER_ID}'")
+    """Keep the users' fields where each piece finds them; returns the names of the fields.
+
+    Raises:
+        UserError: no column `user_id`, a null in it, or a user twice.
+    """
+    users = _read_whole(paths, Columns({USER_ID: ID} | _kinds(schema.user), (USER_ID,), options.names()))
+    if users is None:
+        return []
+    ids = users[USER_ID].combine_chunks()
+    _refuse_bad_ids(ids, f"{paths[0]}: column '{USER_ID}'")
     vocabulary = Vocabulary().grow(to_keys(ids, USER_ID), np.ones(len(ids), np.int64))
     vocabulary.save(work / "users")
     # Rows 0 and 1 of the vocabulary, and users in the order of their rows after them.
@@ -142,26 +132,48 @@ def write_users(paths: list[str], schema: Schema, options: TableOptions, work: P
     return found
 
 
+def _kinds(fields: tuple[Field, ...]) -> dict[str, str]:
+    return {field.name: KINDS[field.kind] for field in fields}
+
+
+def _read_whole(paths: list[str], columns: Columns) -> pa.Table | None:
+    """Small tables, joined; None without any row."""
+    pieces = [piece for path in paths for piece in read_pieces(path, columns) if piece.num_rows]
+    return pa.concat_tables(pieces, promote_options="default").combine_chunks() if pieces else None
+
+
+def _refuse_bad_ids(ids: pa.Array | pa.ChunkedArray, where: str) -> None:
+    if ids.null_count:
+        raise UserError(f"{where}: {ids.null_count:,} of {len(ids):,} ids are null; every row needs one")
+    counts = pc.value_counts(ids)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if len(repeated):
+        name = repeated[0]["values"].as_py()
+        raise UserError(
+            f"{where}: {len(repeated):,} ids stand in more than one row, {name!r} for one; keep one row each"
+        )
+
+
 def partition(
     path: str, number: int, schema: Schema, options: TableOptions, buckets: int, work: Path, user_fields: list[str]
 ) -> tuple[dict[str, int], str | None]:
     """Deal one file's rows to `work/bucket-K/NUMBER.arrow`.
 
     Returns:
-        Counts: `rows`, and what was left out. The first day of the rows, None without any.
+        Counts: `rows`, and what was wrong with some. The first day of the rows, None without any.
 
     Raises:
-        UserError: a missing or mistyped column.
+        UserError: a missing or mistyped column, a label or rating that is no number, a time before 1970 or after 2261.
     """
     writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
-    counts, first = {"rows": 0, "without a timestamp": 0}, None
-    table = open_table(path, _strings(schema, options.names()))
-    scanner = table.scanner(batch_size=ROWS_AT_ONCE, batch_readahead=1, fragment_readahead=1, use_threads=False)
-    for batch in scanner.to_batches():
-        rows = _canonical(pa.Table.from_batches([batch]), path, schema, options, work, user_fields)
+    counts, first = {"rows": 0, NO_TIME: 0, NO_LABEL: 0}, None
+    users = _users(work) if user_fields else None
+    for piece in read_pieces(path, _log_columns(schema, options, user_fields)):
+        rows = _canonical(piece, path, schema, options, users, user_fields)
         timed = rows.filter(rows[TIMESTAMP].is_valid())
         counts["rows"] += timed.num_rows
-        counts["without a timestamp"] += rows.num_rows - timed.num_rows
+        counts[NO_TIME] += rows.num_rows - timed.num_rows
+        counts[NO_LABEL] += timed[LABEL].null_count
         if timed.num_rows:
             day = str(np.datetime64(pc.min(timed[TIMESTAMP]).as_py(), "s").astype("datetime64[D]"))
             first = min(first or day, day)
@@ -180,8 +192,110 @@ def partition(
     return counts, first
 
 
+def _log_columns(schema: Schema, options: TableOptions, user_fields: list[str]) -> Columns:
+    kinds = {USER_ID: ID, ITEM_ID: ID} | _kinds(schema.row_fields)
+    kinds |= {HISTORY: LIST} if schema.history_length and options.history == "column" else {}
+    kinds |= {schema.truth: NUMERIC} if schema.truth else {}
+    required = [name for name in kinds if name not in user_fields] + [options.rating or LABEL, TIMESTAMP]
+    if options.rating:
+        kinds.setdefault(options.rating, NUMERIC)
+    return Columns(kinds | {LABEL: ANY, TIMESTAMP: ANY}, tuple(required), options.names())
+
+
+def _canonical(
+    rows: pa.Table, path: str, schema: Schema, options: TableOptions, users: tuple[Vocabulary, pa.Table] | None,
+    user_fields: list[str],
+) -> pa.Table:  # fmt: skip
+    """A piece of the log with our types; fields of the user that it lacks joined from the users' table."""
+    columns = dict(zip(rows.column_names, rows.columns, strict=True))
+    if options.rating not in ("", LABEL) and LABEL in columns:
+        raise UserError(f"{path}: has a column '{LABEL}' beside --rating {options.rating}; leave one of them out")
+    if options.rating:
+        ratings = convert(columns[options.rating], NUMERIC, path, options.rating)
+        clicks = pc.greater_equal(ratings, options.positive).cast(pa.int8())
+        columns[LABEL] = pc.if_else(pc.is_nan(ratings), pa.scalar(None, pa.int8()), clicks)
+    else:
+        columns[LABEL] = _labels(columns[LABEL], path)
+    columns[TIMESTAMP] = _seconds(columns[TIMESTAMP], path, options.time_unit)
+    lacking = [name for name in user_fields if name not in columns]
+    if users and lacking:
+        vocabulary, fields = users
+        place = pa.array(vocabulary.lookup(columns[USER_ID].combine_chunks(), USER_ID))
+        columns |= {name: fields[name].take(place) for name in lacking}
+    if options.rating not in [LABEL, *(field.name for field in schema.row_fields)]:
+        columns.pop(options.rating, None)
+    return pa.table({name: columns[name] for name in sorted(columns)})  # in one order, whatever the file's
+
+
+def _users(work: Path) -> tuple[Vocabulary, pa.Table]:
+    return Vocabulary.load(work / "users"), pa.ipc.open_file(pa.memory_map(str(work / "users.arrow"))).read_all()
+
+
+def _labels(column: pa.ChunkedArray, path: str) -> pa.ChunkedArray:
+    """int8: 0, 1, and null for any other, which a job sets aside. Raises UserError for a column without any number."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = without_no_value(column)
+        numbers = pc.if_else(pc.match_substring_regex(column, NUMBER), column, pa.scalar(None, pa.string()))
+        if numbers.null_count == len(numbers) and column.null_count < len(column):
+            raise UserError(
+                f"{path}: column '{LABEL}': {column.drop_null()[0].as_py()[:80]!r} is no number; write 1 for a click "
+                "and 0 for none"
+            )
+        column = numbers
+    column = convert(column, NUMERIC, path, LABEL)
+    known = pc.is_in(column, pa.array([0.0, 1.0]))
+    return pc.if_else(known, column, pa.scalar(None, pa.float64())).cast(pa.int8())
+
+
+def _seconds(column: pa.ChunkedArray, path: str, unit: str) -> pa.Array:
+    """Whole seconds UTC, int64, from numbers, times, days or strings of these; NaN and infinite are null.
+
+    Raises:
+        UserError: of another type, no time, or one that is not in 1970 to 2261.
+    """
+    where = f"{path}: column '{TIMESTAMP}'"
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        try:
+            column = _parse_times(column)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{where}: neither numbers nor ISO 8601 times ({str(error).splitlines()[0]})") from None
+    type_, per = column.type, UNITS[unit]
+    if pa.types.is_null(type_):
+        column = column.cast(pa.int64())
+    elif pa.types.is_date(type_):
+        column, per = pc.multiply(column.cast(pa.date32()).cast(pa.int32()).cast(pa.int64()), SECONDS_A_DAY), 1
+    elif pa.types.is_timestamp(type_):
+        column, per = column.cast(pa.int64()), UNITS[type_.unit]
+    elif pa.types.is_floating(type_):
+        column = column.cast(pa.float64())
+        column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, pa.float64()))
+    elif not pa.types.is_integer(type_):
+        raise UserError(f"{where} is of type {type_}; expected integers ({unit}) or timestamps")
+    missing = column.is_null().to_numpy()
+    values = pc.fill_null(column, 0).to_numpy()
+    seconds = values // per
+    wrong = np.flatnonzero((seconds < 0) | (seconds >= AFTER_LAST))
+    if len(wrong):
+        raise UserError(
+            f"{where}: {values[wrong[0]]} is not in 1970 to 2261 ({len(wrong):,} such rows); "
+            f"numbers are read as --time-unit {unit}: choose s, ms, us or ns, or correct them"
+        )
+    return pa.array(seconds.astype(np.int64), mask=missing)
+
+
+def _parse_times(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Strings as int64 or float64 where all are numbers, else as times: ISO 8601, UTC where they have no zone."""
+    text, none = without_no_value(column), pa.scalar(None, pa.string())
+    for pattern, type_ in ((r"^-?[0-9]+$", pa.int64()), (NUMBER, pa.float64())):
+        if pc.all(pc.match_substring_regex(text, pattern)).as_py() is not False:
+            return text.cast(type_)
+    zoned = pc.match_substring_regex(text, r"(Z|:.*[-+][0-9]{2}(:?[0-9]{2})?)$")
+    there = pc.if_else(zoned, text, none).cast(pa.timestamp("ns", "UTC")).cast(pa.timestamp("ns"))
+    return pc.coalesce(there, pc.if_else(zoned, none, text).cast(pa.timestamp("ns")))
+
+
 def bucket_of(users: pa.Array, buckets: int) -> np.ndarray:
-    """The bucket of each user, int64, whatever else is in the array; bucket 0 for null."""
+    """The bucket of each user, int64, whatever else is in the array; null ones, who have no history, are dealt out."""
     encoded = users.dictionary_encode()
     keys = to_keys(encoded.dictionary, USER_ID)
     content = keys.view(np.uint8).reshape(len(keys), keys.dtype.itemsize).astype(np.uint64)
@@ -192,7 +306,8 @@ def bucket_of(users: pa.Array, buckets: int) -> np.ndarray:
         mixed *= np.uint64(0xBF58476D1CE4E5B9)
     number = ((mixed >> np.uint64(32)) % np.uint64(buckets)).astype(np.int64)
     indices = pc.fill_null(encoded.indices.cast(pa.int64()), len(number)).to_numpy(zero_copy_only=False)
-    return np.append(number, 0)[indices]
+    dealt = np.arange(len(users)) % buckets
+    return np.where(indices == len(number), dealt, np.append(number, 0)[indices])
 
 
 @dataclass(frozen=True)
@@ -205,68 +320,74 @@ class Finished:
     rows_with_history: int
 
 
-def finish_bucket(
-    bucket: int, schema: Schema, options: TableOptions, work: Path, out: Path, before: Path | None, after: Path
-) -> Finished:
-    """Derive a bucket's histories and write its rows, a file a day, in order of time.
+def finish_bucket(bucket: int, schema: Schema, options: TableOptions, work: Path, before: Path | None) -> Finished:
+    """Derive a bucket's histories and write its rows to `work/interactions/`, in order of time.
+
+    What each user did last goes to `work/histories/`.
 
     Args:
-        before: folder with what each user did last before these rows, if any; `after`: folder for the same after them.
+        before: folder with what each user did last before these rows, if any.
     """
     files = sorted((work / f"bucket-{bucket:05d}").glob("*.arrow"))
     parts = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in files]
     name = f"bucket-{bucket:05d}.parquet"
     earlier = pq.read_table(before / name) if before and (before / name).exists() else _nobody()
     if not parts:
-        after.mkdir(parents=True, exist_ok=True)
-        write_file(earlier, after / name)
+        write_file(earlier, work / "histories" / name)
         return Finished({}, 0, 0, 0)
     log = pa.concat_tables(parts).combine_chunks()
     log = log.take(pc.sort_indices(log, [(TIMESTAMP, "ascending")]))
     derived = bool(schema.history_length) and options.history != "column"
     if derived:
-        column, last = _histories(log, earlier, schema.history_length, options.history == "all", out)
-        log = log.append_column(HISTORY, column)
+        known = pq.read_table(work / "items", columns=[ITEM_ID])[ITEM_ID].combine_chunks()
+        offsets, behaviours, items, last = _histories(
+            log, earlier, schema.history_length, options.history == "all", known
+        )
     else:
         last = earlier
-    columns = canonical_columns(schema, log.schema)
-    log = log.select(columns.names).cast(columns)
-    day = log[TIMESTAMP].to_numpy() // SECONDS_A_DAY
-    cuts = np.r_[np.flatnonzero(np.r_[True, day[1:] != day[:-1]]), len(day)]
-    days = {}
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
-        date = str(np.datetime64(int(day[start]), "D"))
-        folder = out / "interactions" / f"dt={date}"
-        write_file(log.slice(start, stop - start), folder / f"part-{bucket:05d}.parquet")
-        days[date] = int(stop - start)
-    after.mkdir(parents=True, exist_ok=True)
-    write_file(last, after / name)
-    with_history = pc.sum(pc.greater(pc.list_value_length(log[HISTORY]), 0)).as_py() if schema.history_length else 0
-    clicks = pc.sum(pc.equal(log[LABEL].cast(pa.float64()), 1.0)).as_py() or 0
-    return Finished(days, int(clicks), len(log[USER_ID].unique()), int(with_history or 0))
+    days: Counter[str] = Counter()
+    with_history = 0
+    # A column of histories has int32 offsets, and their ids are the most of the memory.
+    step = max(1, min(ROWS_PER_FILE, BEHAVIOURS_AT_ONCE // max(1, schema.history_length)))
+    for number, start in enumerate(range(0, log.num_rows, step)):
+        rows = log.slice(start, step)
+        if derived:
+            column = history_column(offsets[start : start + rows.num_rows + 1], behaviours, items)
+            rows = rows.append_column(HISTORY, column)
+        columns = canonical_columns(schema, rows.schema)
+        rows = rows.select(columns.names).cast(columns)
+        for date, part in by_day(rows):
+            path = work / "interactions" / f"dt={date}" / f"part-{bucket:05d}-{number:05d}.parquet"
+            write_file(part, path)
+            days[str(date)] += part.num_rows
+        if schema.history_length:
+            with_history += pc.sum(pc.greater(pc.list_value_length(rows[HISTORY]), 0)).as_py() or 0
+    write_file(last, work / "histories" / name)
+    clicks = pc.sum(pc.equal(log[LABEL], 1)).as_py() or 0
+    return Finished(dict(days), clicks, len(log[USER_ID].drop_null().unique()), with_history)
 
 
-def _histories(log: pa.Table, earlier: pa.Table, length: int, all_rows: bool, out: Path) -> tuple[pa.Array, pa.Table]:
-    """The `history` column of a bucket's rows, and each user's last behaviours after them."""
+def _histories(
+    log: pa.Table, earlier: pa.Table, length: int, all_rows: bool, known: pa.Array
+) -> tuple[np.ndarray, np.ndarray, pa.Array, pa.Table]:
+    """What `history_column` makes the rows' histories of (offsets, places, items); and each user's last behaviours."""
     users = pa.concat_arrays([earlier[USER_ID].combine_chunks(), log[USER_ID].combine_chunks()]).dictionary_encode()
     items = pa.concat_arrays([earlier[ITEM_ID].combine_chunks(), log[ITEM_ID].combine_chunks()])
     time = np.concatenate([earlier[TIMESTAMP].to_numpy(), log[TIMESTAMP].to_numpy()])
-    known = _catalog(out).lookup(log[ITEM_ID]) > 1
-    clicked = np.ones(log.num_rows, bool) if all_rows else (log[LABEL].cast(pa.float64()).to_numpy() == 1)
-    named = log[USER_ID].is_valid().to_numpy(zero_copy_only=False)
-    include = np.concatenate([np.ones(earlier.num_rows, bool), known & clicked & named])
+    behaviour = pc.and_(log[USER_ID].is_valid(), pc.is_in(log[ITEM_ID], known, skip_nulls=True))
+    if not all_rows:
+        behaviour = pc.and_(behaviour, pc.fill_null(pc.equal(log[LABEL], 1), False))
+    include = np.concatenate([np.ones(earlier.num_rows, bool), behaviour.to_numpy()])
     codes = pc.fill_null(users.indices.cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
-    offsets, rows = recent_behaviours(codes, time, include, length)
-    column = history_column(offsets[earlier.num_rows :], rows, items)
-    # A user's last behaviours: those that a row after all of them would have.
+    # A user's last behaviours are those that a row after all of them would have.
     ends = np.unique(codes[codes >= 0])
-    late = np.full(len(ends), time.max(initial=0) + 1)
-    all_codes, all_time = np.concatenate([codes, ends]), np.concatenate([time, late])
-    offsets, rows = recent_behaviours(all_codes, all_time, np.append(include, np.zeros(len(ends), bool)), length)
-    kept = pa.array(rows[offsets[len(codes)] :])
+    codes, include = np.concatenate([codes, ends]), np.append(include, np.zeros(len(ends), bool))
+    time = np.concatenate([time, np.full(len(ends), time.max(initial=0) + 1)])
+    offsets, places = recent_behaviours(codes, time, include, length)
+    kept = pa.array(places[offsets[len(items)] :])
     names = users.dictionary.take(users.indices.take(kept))
     last = pa.table({USER_ID: names, ITEM_ID: items.take(kept), TIMESTAMP: time[kept.to_numpy()]})
-    return column, last
+    return offsets[earlier.num_rows : len(items) + 1], places, items, last
 
 
 def _nobody() -> pa.Table:
@@ -274,99 +395,76 @@ def _nobody() -> pa.Table:
     return pa.table({USER_ID: empty, ITEM_ID: empty, TIMESTAMP: pa.array([], pa.int64())})
 
 
-@lru_cache(maxsize=1)
-def _catalog(out: Path) -> Vocabulary:
-    items = pq.read_table(out / "items", columns=[ITEM_ID])[ITEM_ID].combine_chunks()
-    return Vocabulary().grow(to_keys(items, ITEM_ID), np.ones(len(items), np.int64))
-
-
-@lru_cache(maxsize=1)
-def _users(work: Path) -> tuple[Vocabulary, pa.Table]:
-    return Vocabulary.load(work / "users"), pa.ipc.open_file(pa.memory_map(str(work / "users.arrow"))).read_all()
-
-
-def _canonical(
-    table: pa.Table, path: str, schema: Schema, options: TableOptions, work: Path, user_fields: list[str]
-) -> pa.Table:
-    """A piece of the log under our names and with our types; fields of the user joined from the users' table."""
-    names = options.names()
-    table = table.rename_columns([names.get(name, name) for name in table.column_names])
-    if options.rating and LABEL not in table.column_names:
-        require_columns(path, [options.rating], table.column_names)
-        clicks = pc.greater_equal(table[options.rating].cast(pa.float64()), options.positive)
-        table = table.append_column(LABEL, clicks.cast(pa.int8()))
-    wanted = [USER_ID, ITEM_ID, LABEL, TIMESTAMP]
-    wanted += [f.name for f in schema.row_fields if f.name not in (*user_fields, USER_ID)]
-    wanted += [HISTORY] if schema.history_length and options.history == "column" else []
-    require_columns(path, wanted, table.column_names)
-    columns = {name: table[name] for name in wanted}
-    for name in (USER_ID, ITEM_ID):
-        columns[name] = columns[name].cast(pa.string())
-    columns[TIMESTAMP] = _seconds(columns[TIMESTAMP], path, options.time_unit)
-    if user_fields:
-        vocabulary, fields = _users(work)
-        rows = pa.array(vocabulary.lookup(columns[USER_ID].combine_chunks(), USER_ID))
-        columns |= {name: fields[name].take(rows) for name in user_fields}
-    return pa.table(columns)
-
-
-def _seconds(column: pa.ChunkedArray, path: str, unit: str) -> pa.ChunkedArray:
-    type_ = column.type
-    if pa.types.is_timestamp(type_):
-        return pc.floor(pc.divide(column.cast(pa.timestamp("us")).cast(pa.int64()), 1e6)).cast(pa.int64())
-    if pa.types.is_date(type_):
-        return pc.multiply(column.cast(pa.date32()).cast(pa.int32()).cast(pa.int64()), SECONDS_A_DAY)
-    if not (pa.types.is_integer(type_) or pa.types.is_floating(type_)):
-        raise UserError(f"{path}: column '{TIMESTAMP}' is of type {type_}; expected integers ({unit}) or timestamps")
-    return pc.floor(pc.divide(column.cast(pa.float64()), float(UNITS[unit]))).cast(pa.int64(), safe=False)
-
-
-def _refuse_repeated(ids: pa.Array | pa.ChunkedArray, where: str) -> None:
-    counts = pc.value_counts(ids)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(repeated):
-        name = repeated[0]["values"].as_py()
-        raise UserError(
-            f"{where}: {len(repeated):,} ids stand in more than one row, {name!r} for one; keep one row each"
-        )
-
-
 @dataclass(frozen=True)
 class Ledger:
-    """What a dataset was made of, so that it can be appended to: `histories.json` in it, written last.
+    """What a dataset was made of, so that it can be appended to: `histories.json` in it.
 
     Args:
         through: last day in it.
         buckets: how many parts its users are dealt to.
-        histories: folder, relative to the dataset, of what each user did last.
+        schema: of the dataset.
         options: how its log was made.
+        inputs: path, size and time of change of the files of the last run.
+        summary: of the last run.
+        work: folder of the last run, relative to the dataset; while it is there, not all is in place.
     """
 
     through: str
     buckets: int
-    histories: str
+    schema: dict
     options: dict
+    inputs: list
+    summary: dict
+    work: str
+
+    @property
+    def histories(self) -> str:
+        """Folder, relative to the dataset, of what each user did last."""
+        return f"{HISTORIES}{self.through}"
 
     def save(self, out: Path) -> None:
         """Write it in one piece."""
-        part = out / "histories.json.part"
+        part = out / f"{LEDGER}.part"
         part.write_text(json.dumps(asdict(self)))
-        part.replace(out / "histories.json")
+        part.replace(out / LEDGER)
 
     @classmethod
-    def load(cls, out: Path) -> "Ledger":
-        """Raises UserError where there is none."""
-        path = out / "histories.json"
-        if not path.exists():
-            raise UserError(f"{out}: no histories.json; only a dataset that 'prepare.py table' made can be appended to")
-        return cls(**json.loads(path.read_text()))
+    def load(cls, out: Path) -> "Ledger | None":
+        """None where there is none. Raises UserError for one that another version wrote."""
+        try:
+            return cls(**json.loads((out / LEDGER).read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{out / LEDGER}: not readable here ({error}); write the dataset anew") from None
+
+    def difference(self, schema: Schema, options: TableOptions) -> str:
+        """The first thing that is not as it was, in words; "" if all is."""
+        for before, now, kind in ((self.schema, to_dict(schema), "schema"), (self.options, to_dict(options), "option")):
+            for name, value in now.items():
+                if value != before.get(name):
+                    return f"{kind} '{name}' was {before.get(name)}, and is {value} now"
+        return ""
 
 
-def clear_after(out: Path, ledger: Ledger) -> None:
-    """Remove days and histories that an append which was cut off has left."""
-    for folder in (out / "interactions").glob("dt=*"):
-        if folder.name[3:] > ledger.through:
-            shutil.rmtree(folder)
+def complete(out: Path, ledger: Ledger, schema: Schema) -> None:
+    """Put in place what a run has in its `work` folder, and tidy up; done again after it was cut off, it goes on.
+
+    Items come before the days: who reads meanwhile finds items without rows, but no rows without their items.
+    """
+    work = out / ledger.work
+    if (work / "items").exists():
+        (out / "items").mkdir(exist_ok=True)
+        for path in (work / "items").iterdir():
+            path.replace(out / "items" / path.name)
+    for folder in sorted((work / "interactions").glob("dt=*")):
+        (out / "interactions").mkdir(exist_ok=True)
+        folder.replace(out / "interactions" / folder.name)
+    if (work / "histories").exists():
+        (work / "histories").replace(out / ledger.histories)
+    if not (out / "schema.yaml").exists():
+        save_schema(schema, out)
     for folder in out.glob(f"{HISTORIES}*"):
-        if folder.name != ledger.histories:
+        if folder.is_dir() and folder.name != ledger.histories:
             shutil.rmtree(folder)
+    shutil.rmtree(out / "work", ignore_errors=True)

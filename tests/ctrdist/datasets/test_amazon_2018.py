@@ -101,7 +101,13 @@ def test_reviews_items_texts_and_counts(source, tmp_path):
     assert schema.user == (Field("user_id", min_count=2),) and schema.context == ()
     assert schema.item == (Field("item_id", min_count=2), Field("brand", min_count=2), Field("categories", "multi", 2))
     assert schema.text_columns == ("title", "brand", "categories", "description", "features", "text")
-    assert (summary.rows, summary.days, summary.users, summary.items, summary.items_with_text) == (4, 3, 2, 5, 1)
+    assert (summary.rows, summary.days, summary.users, summary.items, summary.free_texts) == (
+        4,
+        3,
+        2,
+        5,
+        1,
+    )
     assert summary.counts == COUNTS
 
 

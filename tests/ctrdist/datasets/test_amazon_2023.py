@@ -69,7 +69,7 @@ def test_reviews_items_texts_and_counts(source, tmp_path):
     schema = Schema.load(tmp_path / "out" / "schema.yaml")
     assert schema.item == (Field("item_id", min_count=2), Field("store", min_count=2), Field("categories", "multi", 2))
     assert schema.text == ("{title}.", "{store}.", "{categories}.", "{description}", "{features}", "{text}")
-    assert (summary.rows, summary.days, summary.items, summary.items_with_text) == (3, 3, 3, 1)
+    assert (summary.rows, summary.days, summary.items, summary.free_texts) == (3, 3, 3, 1)
     assert summary.counts == {
         "duplicate reviews dropped": 1,
         "duplicate metadata dropped": 1,

@@ -6,7 +6,8 @@ from ctrdist.datasets.canonical import CanonicalWriter
 from ctrdist.errors import UserError
 from ctrdist.schema import Field, Schema
 
-SCHEMA = Schema(user=(Field("user_id"),), item=(Field("item_id"),), context=(Field("hour"),), history_length=2)
+SCHEMA = Schema(user=(Field("user_id"),), item=(Field("item_id"),), context=(Field("hour"),), history_length=2,
+                text=("{text}",))  # fmt: skip
 
 
 def log(days):

@@ -5,7 +5,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from ctrdist.datasets.movielens import PROTOCOLS, genre_lists, read, title_and_year
+from ctrdist.datasets.films import genre_lists, title_and_year
+from ctrdist.datasets.movielens import PROTOCOLS, read
 from ctrdist.datasets.protocol import write
 from ctrdist.errors import UserError
 from ctrdist.schema import Schema
@@ -91,7 +92,7 @@ def test_default_protocol_written(source, tmp_path):
         ("genres", "multi", 1),
         ("year", "categorical", 1),
     ]
-    assert (summary.rows, summary.users, summary.items, summary.items_with_text) == (5, 2, 5, 1)
+    assert (summary.rows, summary.users, summary.items, summary.free_texts) == (5, 2, 5, 1)
 
 
 def test_cela_protocol_written(source, tmp_path):
@@ -152,7 +153,12 @@ def test_missing_file_encoding_and_older_format(source, tmp_path):
 def test_real_files(tmp_path):
     raw = read(REAL)
     summary = write(raw, PROTOCOLS["default"], tmp_path / "default", REAL / "extracts.jsonl")
-    assert (summary.rows, summary.users, summary.items, summary.items_with_text) == (100_836, 610, 9_742, 6_325)
+    assert (summary.rows, summary.users, summary.items, summary.free_texts) == (
+        100_836,
+        610,
+        9_742,
+        6_325,
+    )
     assert (summary.positives, summary.days) == (48_580, 4_110)
     assert summary.counts == {"items without metadata": 0}
     assert raw.items["year"].null_count == 12

@@ -57,7 +57,8 @@ def test_columns_labels_and_days(source, tmp_path):
     schema = Schema.load(out / "schema.yaml")
     assert [field.name for field in schema.item] == ["item_id", "genres", "year"]
     assert schema.history_length == 20 and schema.text_columns == ("title", "year", "genres", "text")
-    assert (summary.rows, summary.users, summary.items, summary.items_with_text) == (5, 2, 3, 1)
+    assert (summary.rows, summary.users, summary.items, summary.items_with_text) == (5, 2, 3, 3)
+    assert summary.free_texts == 1
     assert summary.best_auc is None
 
 
@@ -102,4 +103,4 @@ def test_missing_file_and_encoding(source, tmp_path):
 def test_real_files(tmp_path):
     summary = prepare(REAL, tmp_path, REAL / "extracts.jsonl")
     assert (summary.rows, summary.items, summary.users, summary.days) == (141_695, 12_611, 21_081, 252)
-    assert (summary.positives, summary.items_with_text) == (70_841, 5_517)
+    assert (summary.positives, summary.free_texts) == (70_841, 5_517)

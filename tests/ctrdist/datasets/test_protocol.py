@@ -46,7 +46,7 @@ def test_item_texts_join_and_keep_the_datasets_own(tmp_path):
     raw = replace(raw, items=raw.items.append_column("text", pa.array(["own", "old", None])))
     summary = write(raw, Protocol(), tmp_path / "out", tmp_path / "texts.jsonl")
     assert pq.read_table(tmp_path / "out" / "items")["text"].to_pylist() == ["own", "new", None]
-    assert summary.items_with_text == 2
+    assert summary.items_with_text == summary.free_texts == 2
 
 
 def test_data_without_time_is_one_day_of_row_numbers_and_no_histories(tmp_path):
