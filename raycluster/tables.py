@@ -9,12 +9,11 @@ from pathlib import Path
 
 from ctrdist.config import to_dict
 from ctrdist.datasets.canonical import Summary, clear_unfinished
+from ctrdist.datasets.ledger import Ledger, complete
 from ctrdist.datasets.table import (
     NO_LABEL,
     NO_TIME,
-    Ledger,
     TableOptions,
-    complete,
     finish_bucket,
     partition,
     write_items,

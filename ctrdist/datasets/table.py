@@ -3,7 +3,7 @@
     1. `write_items`, `write_users`: the small tables, once.
     2. `partition`, for each file of the log: its rows, brought to the layout's columns, dealt to buckets of users.
     3. `finish_bucket`, for each bucket: histories, and files by day.
-    4. `Ledger.save`, from which on the dataset is as good as there, and `complete`, which puts all in its place.
+    4. `Ledger.save` (`ledger.py`), from which on the dataset is as good as there, and `complete`, which moves it in.
 
 Everything of one user is in one bucket, so a bucket's histories need no other bucket; how much memory it takes is a
 matter of the number of buckets, not of the rows of the log. What each user did last is kept, so that later days can be
@@ -13,10 +13,8 @@ All is written to a `work` folder of this one run, and moved from there at the e
 dataset as it was.
 """
 
-import json
-import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,38 +23,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ctrdist.config import to_dict
 from ctrdist.datasets.canonical import (
-    HISTORIES,
-    LEDGER,
     ROWS_PER_FILE,
-    SECONDS_A_DAY,
     by_day,
     canonical_columns,
     items_with_text,
-    save_schema,
     write_file,
 )
 from ctrdist.datasets.table_files import (
     ANY,
     ID,
     LIST,
-    NUMBER,
     NUMERIC,
     TEXT,
     Columns,
     convert,
     read_pieces,
-    without_no_value,
 )
+from ctrdist.datasets.table_values import to_labels, to_seconds
 from ctrdist.errors import UserError
 from ctrdist.history import history_column, recent_behaviours
 from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, MULTI, TIMESTAMP, USER_ID, Field, Schema
 from ctrdist.vocabulary import Vocabulary, to_keys
 
 KINDS = {CATEGORICAL: ID, MULTI: LIST, NUMERIC: NUMERIC}
-UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
-AFTER_LAST = int(np.datetime64("2262-01-01", "s").astype(np.int64))  # nanoseconds end in that year
 BEHAVIOURS_AT_ONCE = 10_000_000
 NO_TIME, NO_LABEL = "without a timestamp", "without a label"
 
@@ -215,8 +205,8 @@ def _canonical(
         clicks = pc.greater_equal(ratings, options.positive).cast(pa.int8())
         columns[LABEL] = pc.if_else(pc.is_nan(ratings), pa.scalar(None, pa.int8()), clicks)
     else:
-        columns[LABEL] = _labels(columns[LABEL], path)
-    columns[TIMESTAMP] = _seconds(columns[TIMESTAMP], path, options.time_unit)
+        columns[LABEL] = to_labels(columns[LABEL], path)
+    columns[TIMESTAMP] = to_seconds(columns[TIMESTAMP], path, options.time_unit)
     lacking = [name for name in user_fields if name not in columns]
     if users and lacking:
         vocabulary, fields = users
@@ -229,69 +219,6 @@ def _canonical(
 
 def _users(work: Path) -> tuple[Vocabulary, pa.Table]:
     return Vocabulary.load(work / "users"), pa.ipc.open_file(pa.memory_map(str(work / "users.arrow"))).read_all()
-
-
-def _labels(column: pa.ChunkedArray, path: str) -> pa.ChunkedArray:
-    """int8: 0, 1, and null for any other, which a job sets aside. Raises UserError for a column without any number."""
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = without_no_value(column)
-        numbers = pc.if_else(pc.match_substring_regex(column, NUMBER), column, pa.scalar(None, pa.string()))
-        if numbers.null_count == len(numbers) and column.null_count < len(column):
-            raise UserError(
-                f"{path}: column '{LABEL}': {column.drop_null()[0].as_py()[:80]!r} is no number; write 1 for a click "
-                "and 0 for none"
-            )
-        column = numbers
-    column = convert(column, NUMERIC, path, LABEL)
-    known = pc.is_in(column, pa.array([0.0, 1.0]))
-    return pc.if_else(known, column, pa.scalar(None, pa.float64())).cast(pa.int8())
-
-
-def _seconds(column: pa.ChunkedArray, path: str, unit: str) -> pa.Array:
-    """Whole seconds UTC, int64, from numbers, times, days or strings of these; NaN and infinite are null.
-
-    Raises:
-        UserError: of another type, no time, or one that is not in 1970 to 2261.
-    """
-    where = f"{path}: column '{TIMESTAMP}'"
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        try:
-            column = _parse_times(column)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{where}: neither numbers nor ISO 8601 times ({str(error).splitlines()[0]})") from None
-    type_, per = column.type, UNITS[unit]
-    if pa.types.is_null(type_):
-        column = column.cast(pa.int64())
-    elif pa.types.is_date(type_):
-        column, per = pc.multiply(column.cast(pa.date32()).cast(pa.int32()).cast(pa.int64()), SECONDS_A_DAY), 1
-    elif pa.types.is_timestamp(type_):
-        column, per = column.cast(pa.int64()), UNITS[type_.unit]
-    elif pa.types.is_floating(type_):
-        column = column.cast(pa.float64())
-        column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, pa.float64()))
-    elif not pa.types.is_integer(type_):
-        raise UserError(f"{where} is of type {type_}; expected integers ({unit}) or timestamps")
-    missing = column.is_null().to_numpy()
-    values = pc.fill_null(column, 0).to_numpy()
-    seconds = values // per
-    wrong = np.flatnonzero((seconds < 0) | (seconds >= AFTER_LAST))
-    if len(wrong):
-        raise UserError(
-            f"{where}: {values[wrong[0]]} is not in 1970 to 2261 ({len(wrong):,} such rows); "
-            f"numbers are read as --time-unit {unit}: choose s, ms, us or ns, or correct them"
-        )
-    return pa.array(seconds.astype(np.int64), mask=missing)
-
-
-def _parse_times(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Strings as int64 or float64 where all are numbers, else as times: ISO 8601, UTC where they have no zone."""
-    text, none = without_no_value(column), pa.scalar(None, pa.string())
-    for pattern, type_ in ((r"^-?[0-9]+$", pa.int64()), (NUMBER, pa.float64())):
-        if pc.all(pc.match_substring_regex(text, pattern)).as_py() is not False:
-            return text.cast(type_)
-    zoned = pc.match_substring_regex(text, r"(Z|:.*[-+][0-9]{2}(:?[0-9]{2})?)$")
-    there = pc.if_else(zoned, text, none).cast(pa.timestamp("ns", "UTC")).cast(pa.timestamp("ns"))
-    return pc.coalesce(there, pc.if_else(zoned, none, text).cast(pa.timestamp("ns")))
 
 
 def bucket_of(users: pa.Array, buckets: int) -> np.ndarray:
@@ -393,78 +320,3 @@ def _histories(
 def _nobody() -> pa.Table:
     empty = pa.array([], pa.string())
     return pa.table({USER_ID: empty, ITEM_ID: empty, TIMESTAMP: pa.array([], pa.int64())})
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What a dataset was made of, so that it can be appended to: `histories.json` in it.
-
-    Args:
-        through: last day in it.
-        buckets: how many parts its users are dealt to.
-        schema: of the dataset.
-        options: how its log was made.
-        inputs: path, size and time of change of the files of the last run.
-        summary: of the last run.
-        work: folder of the last run, relative to the dataset; while it is there, not all is in place.
-    """
-
-    through: str
-    buckets: int
-    schema: dict
-    options: dict
-    inputs: list
-    summary: dict
-    work: str
-
-    @property
-    def histories(self) -> str:
-        """Folder, relative to the dataset, of what each user did last."""
-        return f"{HISTORIES}{self.through}"
-
-    def save(self, out: Path) -> None:
-        """Write it in one piece."""
-        part = out / f"{LEDGER}.part"
-        part.write_text(json.dumps(asdict(self)))
-        part.replace(out / LEDGER)
-
-    @classmethod
-    def load(cls, out: Path) -> "Ledger | None":
-        """None where there is none. Raises UserError for one that another version wrote."""
-        try:
-            return cls(**json.loads((out / LEDGER).read_text()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{out / LEDGER}: not readable here ({error}); write the dataset anew") from None
-
-    def difference(self, schema: Schema, options: TableOptions) -> str:
-        """The first thing that is not as it was, in words; "" if all is."""
-        for before, now, kind in ((self.schema, to_dict(schema), "schema"), (self.options, to_dict(options), "option")):
-            for name, value in now.items():
-                if value != before.get(name):
-                    return f"{kind} '{name}' was {before.get(name)}, and is {value} now"
-        return ""
-
-
-def complete(out: Path, ledger: Ledger, schema: Schema) -> None:
-    """Put in place what a run has in its `work` folder, and tidy up; done again after it was cut off, it goes on.
-
-    Items come before the days: who reads meanwhile finds items without rows, but no rows without their items.
-    """
-    work = out / ledger.work
-    if (work / "items").exists():
-        (out / "items").mkdir(exist_ok=True)
-        for path in (work / "items").iterdir():
-            path.replace(out / "items" / path.name)
-    for folder in sorted((work / "interactions").glob("dt=*")):
-        (out / "interactions").mkdir(exist_ok=True)
-        folder.replace(out / "interactions" / folder.name)
-    if (work / "histories").exists():
-        (work / "histories").replace(out / ledger.histories)
-    if not (out / "schema.yaml").exists():
-        save_schema(schema, out)
-    for folder in out.glob(f"{HISTORIES}*"):
-        if folder.is_dir() and folder.name != ledger.histories:
-            shutil.rmtree(folder)
-    shutil.rmtree(out / "work", ignore_errors=True)

@@ -15,7 +15,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from ctrdist.datasets import table, table_files
+from ctrdist.datasets import ledger, table, table_files
 from ctrdist.datasets.table import TableOptions, bucket_of, finish_bucket, partition, write_items, write_users
 from ctrdist.errors import UserError
 from ctrdist.schema import Field, Schema
@@ -171,9 +171,9 @@ def cut_off(patch: pytest.MonkeyPatch, owner, name: str, calls: int = 0) -> None
 
 
 PLACES = [
-    (tables, "partition", 1), (tables, "finish_bucket", 1), (table.Ledger, "save", 0), (tables, "complete", 0),
+    (tables, "partition", 1), (tables, "finish_bucket", 1), (ledger.Ledger, "save", 0), (tables, "complete", 0),
     (Path, "replace", 0), (Path, "replace", 1), (Path, "replace", 2), (Path, "replace", 3), (Path, "replace", 5),
-    (Path, "replace", 7), (table, "save_schema", 0), (table.shutil, "rmtree", 1), (table.shutil, "rmtree", 2),
+    (Path, "replace", 7), (ledger, "save_schema", 0), (ledger.shutil, "rmtree", 1), (ledger.shutil, "rmtree", 2),
 ]  # fmt: skip
 
 
@@ -483,4 +483,4 @@ def test_without_ray_it_is_the_same(source, tmp_path):
     for bucket in range(3):
         finish_bucket(bucket, SCHEMA, OPTIONS, work, None)
     agree(work, rows_of(300, 4, 1))
-    assert not out.exists() and table.Ledger.load(out) is None
+    assert not out.exists() and ledger.Ledger.load(out) is None
