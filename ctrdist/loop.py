@@ -32,7 +32,8 @@ class LoopConfig:
     Args:
         steps_per_epoch: global batches of an epoch.
         epochs: epochs, at most.
-        patience: stop after this many epochs without a better validation AUC; 0 never stops early.
+        patience: stop after this many epochs without a better validation AUC, and end with the best epoch's weights; 0
+            trains to the end and keeps the last weights.
         schedule: course of the learning rates.
         warmup: share of all steps over which they rise.
         clip_norm: largest norm of the dense gradients; 0 for no limit.
@@ -62,8 +63,8 @@ class Progress:
 
     Args:
         step: global batches done: the cursor of the run.
-        best_auc: best validation AUC so far; NaN without validation.
-        best_epoch: the epoch (from 1) it was reached after.
+        best_auc: validation AUC of the weights kept so far; NaN without validation.
+        best_epoch: the epoch (from 1) they are of.
         losses: [step, loss] pairs, the mean loss since the pair before.
         valid_auc: [epoch, AUC] pairs.
         finished: whether training has ended.
@@ -93,7 +94,7 @@ def fit(
     checkpoint: Callable[[Callable[[Path], None], Progress], None] | None = None,
     record: Callable[[Record], None] | None = None,
 ) -> Progress:
-    """Train `task` in place; it ends with the weights of the best epoch by validation AUC, or of the last one.
+    """Train `task` in place; it ends with the last weights or, with patience, with the best epoch's by validation AUC.
 
     Args:
         train: this worker's batches from global batch `step` on, through all the epochs. Every worker gets the same
@@ -207,7 +208,7 @@ def validate(
     device: str | torch.device,
     best: dict[str, Tensor] | None,
 ) -> dict[str, Tensor] | None:
-    """Score the validation rows of all workers, note the AUC, and keep a copy of the weights if they are the best."""
+    """Score the validation rows of all workers and note the AUC; with patience, keep a copy of the best weights."""
     task.eval()
     metrics = StreamingMetrics()
     for batch in prefetch(valid()):
@@ -220,10 +221,13 @@ def validate(
     task.train()
     epoch, auc = progress.step // config.steps_per_epoch, metrics.auc()
     progress.valid_auc.append([epoch, auc])
+    if not config.patience:
+        progress.best_auc, progress.best_epoch = auc, epoch
+        return None
     if best is None or math.isnan(progress.best_auc) or auc > progress.best_auc:
         progress.best_auc, progress.best_epoch = auc, epoch
         best = {name: value.detach().clone() for name, value in task.state_dict().items()}
-    progress.finished = bool(config.patience) and epoch - progress.best_epoch >= config.patience
+    progress.finished = epoch - progress.best_epoch >= config.patience
     return best
 
 

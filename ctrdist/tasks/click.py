@@ -26,9 +26,11 @@ class ClickConfig:
     Args:
         backbone: name of a network, a file of `ctrdist/backbones/`.
         dim: d, the width of every field.
-        epochs: passes over the training days, at most.
+        epochs: passes over the training days.
         warm_epochs: the same, for a day that starts from the day before.
-        patience: stop after this many epochs without a better validation AUC.
+        patience: stop after this many epochs without a better validation AUC, and keep the best epoch's weights; 0
+            trains to the end and keeps the last ones. Where the rate falls to zero the last epoch is the one that
+            settles, and a day's validation rows are often too few to tell epochs apart: then 0 is better.
         batch_size: rows of a global batch, over all workers.
         order: `shuffled`: an epoch's rows in any order. `chronological`: its days in order, rows shuffled within a day;
             with `epochs` 1 each row is seen once, the newest last.
@@ -48,7 +50,7 @@ class ClickConfig:
     dim: int = 16
     epochs: int = 4
     warm_epochs: int = 1
-    patience: int = 2
+    patience: int = 0
     batch_size: int = 1024
     order: Literal["shuffled", "chronological"] = "shuffled"
     lr: float = 1e-3

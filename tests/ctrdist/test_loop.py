@@ -129,7 +129,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("stop", [1, 3, 5, 7, 10])
 @pytest.mark.parametrize("backbone", ["din", "dcnv2"])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path: Path, backbone: str, stop: int):
-    loop = replace(LOOP, precision="float32", checkpoint_seconds=-1.0, seed=5)
+    loop = replace(LOOP, precision="float32", checkpoint_seconds=-1.0, seed=5, patience=2)
     start = partial(click_model, backbone, networks=BackboneConfigs())
     whole, asked = start(), []
     expected = fit(whole, partial(train_batches, 0, 1), loop, valid=partial(valid_batches, 0, 1))
@@ -218,13 +218,14 @@ def steps_from(first: int, count: int = 1000) -> Iterator[Tensor]:
     [
         ([0.5, 1.0, 0.25, 0.75, 1.0, 1.0], 2, 2, 4),
         ([0.5, 0.25, 0.75, 0.5, 0.5, 0.5], 2, 3, 5),
-        ([0.5, 0.25, 0.75, 0.5, 0.5, 0.5], 0, 3, 6),
+        ([0.5, 0.25, 0.75, 0.5, 0.5, 0.5], 6, 3, 6),
+        ([0.5, 0.25, 0.75, 0.5, 0.5, 0.25], 0, 6, 6),
         ([0.25, 0.5, 0.75, 0.75, 0.5, 1.0], 3, 6, 6),
         ([0.75, 0.5, 0.5, 0.5, 0.5, 0.5], 1, 1, 2),
         ([NAN, 0.5, 0.25, NAN, NAN, NAN], 3, 2, 5),
     ],
 )
-def test_the_best_epoch_is_kept_and_patience_ends_the_run(aucs: list, patience: int, best: int, ended: int):
+def test_patience_ends_the_run_and_keeps_the_best_epoch(aucs: list, patience: int, best: int, ended: int):
     task = Line(aucs)
     progress = fit(task, steps_from, LoopConfig(3, epochs=6, patience=patience), valid=lambda: iter([Labels()]))
     assert (progress.best_epoch, progress.step, progress.finished) == (best, 3 * ended, True)
