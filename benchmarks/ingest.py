@@ -26,7 +26,7 @@ from ctrdist.datasets.canonical import SECONDS_A_DAY, CanonicalWriter
 from ctrdist.fields import new_encoder, save_encoders
 from ctrdist.items import build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
 from ctrdist.log import list_days, list_row_groups, plan_epoch, read_chunk, read_row_group
-from ctrdist.scan import item_counts
+from ctrdist.scan import grow_encoders, item_counts
 from ctrdist.schema import Field, Schema
 from ctrdist.storage import State
 from ctrdist.vocabulary import Vocabulary
@@ -127,11 +127,7 @@ def open_log(data: str, state: State, scratch: Path) -> tuple[LogReader, list]:
 
     scan = ingest.scan(save("blank"), groups, set(files), scratch)
     assert not scan.quarantined
-    for field in schema.row_fields:
-        if field.name in scan.samples:
-            encoders[field.name] = encoders[field.name].fit(scan.samples[field.name], field.buckets)
-        else:
-            encoders[field.name] = encoders[field.name].grow(*scan.ids[field.name], field.min_count)
+    encoders = grow_encoders(encoders, scan, schema)
     counts = item_counts(scan.items, tuple(files), ids.size)
     encoders = grow_item_vocabularies(items, ids.lookup(items["item_id"]), counts, schema, encoders)
     return save("read"), groups

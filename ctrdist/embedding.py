@@ -48,11 +48,22 @@ class EmbeddingTable(nn.Module):
         first = self.rows
         if rows <= first:
             return
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
-        new = torch.randn(rows - first, self.dim, generator=generator).to(self.weight) * self.std
+        new = self._draw(rows - first, first)
         self.weight = torch.cat([self.weight, new])
         for name, state in self.optimizer.init_state(new).items():
             setattr(self, name, torch.cat([getattr(self, name), state]))
+
+    def renew(self, rows: Tensor) -> None:
+        """Make `rows`, int64, like new ones: drawn, and with no state of the optimizer."""
+        if len(rows):
+            new = self._draw(len(rows), int(rows.min()))
+            self.weight[rows] = new
+            for name, state in self.optimizer.init_state(new).items():
+                getattr(self, name)[rows] = state
+
+    def _draw(self, rows: int, first: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
+        return torch.randn(rows, self.dim, generator=generator).to(self.weight) * self.std
 
     def forward(self, lookup: Lookup) -> Tensor:
         """Vectors of each value [n, dim], times its factor if there is one, or the mean of each bag [m, dim] (zeros for

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from ctrdist.numeric import Numeric
 from ctrdist.schema import NUMERIC, Field
 from ctrdist.vocabulary import Vocabulary
@@ -27,4 +29,13 @@ def load_encoders(folder: Path) -> dict[str, Encoder]:
         path.name: (Numeric if (path / "numeric.json").exists() else Vocabulary).load(path)
         for path in sorted(folder.iterdir())
         if path.is_dir()
+    }
+
+
+def rows_with_new_ids(encoders: dict[str, Encoder], before: dict[str, Encoder]) -> dict[str, np.ndarray]:
+    """By field, the rows whose ids are others than `before` (`Vocabulary.rows_with_new_ids`)."""
+    return {
+        name: encoder.rows_with_new_ids(before[name])
+        for name, encoder in encoders.items()
+        if isinstance(encoder, Vocabulary) and name in before
     }

@@ -134,29 +134,39 @@ def require_columns(path: str, wanted: list[str], found: list[str]) -> None:
             raise UserError(f"{path}: no column '{column}'; {nearest(column, found)}")
 
 
-def grow_catalog_ids(items: pa.Table, ids: Vocabulary) -> Vocabulary:
-    """Catalog rows for all items: rows given before stay, new items follow in the order of their ids."""
+def grow_catalog_ids(items: pa.Table, ids: Vocabulary, **days: int) -> Vocabulary:
+    """Catalog rows for all items: rows given before stay, new items follow in the order of their ids.
+
+    Args:
+        days: `day` and `reuse_until` of `Vocabulary.grow`.
+    """
     keys = to_keys(items[ITEM_ID].combine_chunks(), ITEM_ID)
-    return ids.grow(keys, np.ones(len(keys), np.int64), column=ITEM_ID)
+    return ids.grow(keys, np.ones(len(keys), np.int64), column=ITEM_ID, **days)
 
 
 def grow_item_vocabularies(
-    items: pa.Table, item_rows: np.ndarray, item_counts: np.ndarray, schema: Schema, vocabularies: dict[str, Encoder]
+    items: pa.Table,
+    item_rows: np.ndarray,
+    item_counts: np.ndarray,
+    schema: Schema,
+    vocabularies: dict[str, Encoder],
+    **days: int,
 ) -> dict[str, Encoder]:
-    """Encoders of the item fields, grown by the values of items that have training rows.
+    """Encoders of the item fields, grown by the values of items that have training rows; values of all are seen.
 
     Args:
         item_rows: catalog row of each row of `items`.
         item_counts: new training rows by catalog row, int64 [catalog rows].
+        days: `day` and `reuse_until` of `Vocabulary.grow`.
     """
     grown = dict(vocabularies)
     counts = item_counts[item_rows]
-    trained = np.flatnonzero(counts)
     for field in schema.item:
-        values, counts_of_values = items[field.name].take(pa.array(trained)).combine_chunks(), counts[trained]
+        values, counts_of_values = items[field.name].combine_chunks(), counts
         encoder = grown.get(field.name) or new_encoder(field)
         if field.kind == NUMERIC:
-            grown[field.name] = encoder.fit(sample_values(to_numbers(values, field.name), 0), field.buckets)
+            trained = values.filter(pa.array(counts > 0))
+            grown[field.name] = encoder.fit(sample_values(to_numbers(trained, field.name), 0), field.buckets)
             continue
         if field.kind == MULTI:
             _require_list(values.type, field.name)
@@ -164,7 +174,7 @@ def grow_item_vocabularies(
             values, counts_of_values = pc.list_flatten(values), counts_of_values[parents]
         known = values.is_valid().to_numpy(zero_copy_only=False)
         keys, sums = sum_counts(to_keys(values.drop_null(), field.name), counts_of_values[known])
-        grown[field.name] = encoder.grow(keys, sums, field.min_count, field.name)
+        grown[field.name] = encoder.grow(keys, sums, field.min_count, field.name, **days)
     return grown
 
 

@@ -1,6 +1,7 @@
 """One pass over new days before training: what is wrong, which ids there are, how often each item stands."""
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ctrdist.fields import Encoder, new_encoder
 from ctrdist.items import Catalog
 from ctrdist.log import REASONS, Part, RowGroup, find_faults, first_row, list_parts, read_row_group
 from ctrdist.numeric import Sample, add_samples, sample_values, to_numbers
@@ -56,6 +58,43 @@ class Scan:
         for key, sample in other.samples.items():
             self.samples[key] = add_samples(self.samples[key], sample) if key in self.samples else sample
         self.strangers += other.strangers
+
+
+def sum_scans(scans: Iterable[Scan]) -> Scan:
+    """Their sum, merged in pairs of like size: millions of distinct ids are not gone through again for every scan."""
+    sums: list[tuple[int, Scan]] = []
+    for scan in scans:
+        rank = 0
+        while sums and sums[-1][0] == rank:
+            scan = _merged(sums.pop()[1], scan)
+            rank += 1
+        sums.append((rank, scan))
+    total = Scan()
+    for _, scan in reversed(sums):
+        total = _merged(scan, total)
+    return total
+
+
+def _merged(a: Scan, b: Scan) -> Scan:
+    a.add(b)
+    return a
+
+
+def grow_encoders(encoders: dict[str, Encoder], scan: Scan, schema: Schema, **days: int) -> dict[str, Encoder]:
+    """Encoders of the user and context fields, grown by what a scan found.
+
+    Args:
+        encoders: those so far; a field without one gets a new one.
+        days: `day` and `reuse_until` of `Vocabulary.grow`.
+    """
+    grown = dict(encoders)
+    for field_ in schema.row_fields:
+        encoder = grown.get(field_.name) or new_encoder(field_)
+        if field_.kind == NUMERIC:
+            grown[field_.name] = encoder.fit(scan.samples[field_.name], field_.buckets)
+        else:
+            grown[field_.name] = encoder.grow(*scan.ids[field_.name], field_.min_count, field_.name, **days)
+    return grown
 
 
 def scan_row_group(

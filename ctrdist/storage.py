@@ -98,6 +98,12 @@ class State:
         listing = filesystem_.get_file_info(fs.FileSelector(f"{root}/{under}", allow_not_found=True))
         return sorted(f"{under}/{info.base_name[:-5]}" for info in listing if info.base_name.endswith(".json"))
 
+    def folders(self, under: str) -> list[str]:
+        """Names of the folders directly in folder `under`, sorted."""
+        filesystem_, root = filesystem(self.uri)
+        listing = filesystem_.get_file_info(fs.FileSelector(f"{root}/{under}", allow_not_found=True))
+        return sorted(info.base_name for info in listing if info.type == fs.FileType.Directory)
+
     @contextmanager
     def create(self, name: str, inputs: str = "", facts: dict[str, Any] | None = None) -> Iterator[Path]:
         """A local folder to write output `name` into; it exists, and replaces an earlier one, when the block ends.

@@ -56,26 +56,43 @@ class Vocabulary:
 
     Ids and their rows are two arrays sorted by id, so a look-up is a binary search and the arrays can be
     memory-mapped or shared between processes. Ids seen fewer than `min_count` times so far are remembered with
-    their counts and get a row once they reach it.
+    their counts and get a row once they reach it. Days are whole numbers, such as `date.toordinal()`.
+
+    Args:
+        keys: ids with a row, ascending, as `to_keys` gives them.
+        rows: the row of each, int32.
+        seen: the day each was last seen, int32.
+        pending: ids without a row as yet, ascending.
+        pending_counts: how often each was seen, int64.
+        pending_seen: the day each was last seen, int32.
+        free: rows whose ids have expired, ascending, int32.
+        freed: the day each expired, int32.
     """
+
+    ARRAYS = ("keys", "rows", "seen", "pending", "pending_counts", "pending_seen", "free", "freed")
 
     def __init__(
         self,
         keys: np.ndarray | None = None,
         rows: np.ndarray | None = None,
+        seen: np.ndarray | None = None,
         pending: np.ndarray | None = None,
         pending_counts: np.ndarray | None = None,
+        pending_seen: np.ndarray | None = None,
+        free: np.ndarray | None = None,
+        freed: np.ndarray | None = None,
     ) -> None:
-        empty = np.empty(0, "S1")
-        self.keys = empty if keys is None else keys
-        self.rows = np.empty(0, np.int32) if rows is None else rows
-        self.pending = empty if pending is None else pending
-        self.pending_counts = np.empty(0, np.int64) if pending_counts is None else pending_counts
+        def or_empty(array: np.ndarray | None, dtype: type | str = np.int32) -> np.ndarray:
+            return np.empty(0, dtype) if array is None else array
+
+        self.keys, self.rows, self.seen = or_empty(keys, "S1"), or_empty(rows), or_empty(seen)
+        self.pending, self.pending_counts = or_empty(pending, "S1"), or_empty(pending_counts, np.int64)
+        self.pending_seen, self.free, self.freed = or_empty(pending_seen), or_empty(free), or_empty(freed)
 
     @property
     def size(self) -> int:
-        """Rows of a table for this vocabulary, padding and unknown included."""
-        return FIRST_ROW + len(self.keys)
+        """Rows of a table for this vocabulary, with padding, unknown and the rows of expired ids."""
+        return FIRST_ROW + len(self.keys) + len(self.free)
 
     def lookup(self, values: pa.Array | pa.ChunkedArray, column: str = "column") -> np.ndarray:
         """Rows of `values`, int32 of the same length; UNKNOWN for null and for ids without a row.
@@ -97,44 +114,102 @@ class Vocabulary:
 
     def lookup_keys(self, keys: np.ndarray, column: str = "column") -> np.ndarray:
         """`lookup` for keys as `to_keys` gives them."""
+        at, known = self._find(keys, column)
+        found = np.full(len(keys), UNKNOWN, np.int32)
+        found[known] = self.rows[at[known]]
+        return found
+
+    def _find(self, keys: np.ndarray, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where each of `keys` stands in `self.keys`, and whether it does."""
         if len(self.keys) == 0 or len(keys) == 0:
-            return np.full(len(keys), UNKNOWN, np.int32)
+            return np.zeros(len(keys), np.int64), np.zeros(len(keys), bool)
         _require_same_kind(self.keys, keys, column)
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return np.where(self.keys[at] == keys, self.rows[at], UNKNOWN).astype(np.int32)
+        return at, self.keys[at] == keys
 
-    def grow(self, keys: np.ndarray, counts: np.ndarray, min_count: int = 1, column: str = "column") -> "Vocabulary":
+    def grow(
+        self,
+        keys: np.ndarray,
+        counts: np.ndarray,
+        min_count: int = 1,
+        column: str = "column",
+        day: int = 0,
+        reuse_until: int = -1,
+    ) -> "Vocabulary":
         """A vocabulary with the same rows and new ones, in the order of the ids, for ids that now reach `min_count`.
 
-        Args:
-            keys: distinct ids, as `to_keys` gives them.
-            counts: how often each occurs in the rows added, int64.
-        """
-        new = self.lookup_keys(keys, column) == UNKNOWN
-        keys, counts = keys[new], counts[new]
-        keys, counts = add_counts((self.pending, self.pending_counts), (keys, counts), column)
-        enough = counts >= min_count
-        added = keys[enough]
-        all_keys = _join_keys(self.keys, added, column)
-        all_rows = np.concatenate([self.rows, np.arange(self.size, self.size + len(added), dtype=np.int32)])
-        order = np.argsort(all_keys, kind="stable")
-        return Vocabulary(all_keys[order], all_rows[order], keys[~enough], counts[~enough])
+        New ids take the rows of ids that expired by day `reuse_until`, then new rows at the end.
 
-    def in_row_order(self) -> np.ndarray:
-        """The ids in the order of their rows, the first at FIRST_ROW."""
-        return self.keys[np.argsort(self.rows, kind="stable")]
+        Args:
+            keys: distinct ids, as `to_keys` gives them, seen on `day`.
+            counts: how often each occurs in the rows added, int64. An id may be seen without a row (0).
+        """
+        at, known = self._find(keys, column)
+        seen = np.array(self.seen)
+        seen[at[known]] = np.maximum(seen[at[known]], day)
+        new = ~known & (counts > 0)
+        keys, counts = keys[new], counts[new]
+        days = _join_keys(self.pending_seen, np.full(len(keys), day, np.int32), column)
+        joined = _join_keys(self.pending, keys, column)
+        keys, inverse = np.unique(joined, return_inverse=True)
+        totals = np.zeros(len(keys), np.int64)
+        np.add.at(totals, inverse, np.concatenate([self.pending_counts, counts]))
+        last = np.zeros(len(keys), np.int32)
+        np.maximum.at(last, inverse, days)
+        enough = totals >= min_count
+        added = keys[enough]
+        again = np.flatnonzero(self.freed <= reuse_until)[: len(added)]
+        end = np.arange(self.size, self.size + len(added) - len(again), dtype=np.int32)
+        all_keys = _join_keys(self.keys, added, column)
+        order = np.argsort(all_keys, kind="stable")
+        return Vocabulary(
+            all_keys[order],
+            np.concatenate([self.rows, self.free[again], end])[order],
+            np.concatenate([seen, last[enough]])[order],
+            keys[~enough],
+            totals[~enough],
+            last[~enough],
+            np.delete(self.free, again),
+            np.delete(self.freed, again),
+        )
+
+    def expire(self, before: int, day: int) -> "Vocabulary":
+        """A vocabulary without the ids last seen before day `before`; their rows are free from `day` on."""
+        old, forgotten = self.seen < before, self.pending_seen < before
+        free = np.concatenate([self.free, self.rows[old]])
+        freed = np.concatenate([self.freed, np.full(int(old.sum()), day, np.int32)])
+        order = np.argsort(free)
+        return Vocabulary(
+            self.keys[~old],
+            self.rows[~old],
+            self.seen[~old],
+            self.pending[~forgotten],
+            self.pending_counts[~forgotten],
+            self.pending_seen[~forgotten],
+            free[order],
+            freed[order],
+        )
+
+    def rows_with_new_ids(self, before: "Vocabulary") -> np.ndarray:
+        """Rows that `before` has too, but for another id or none: what a table learnt in them is of no use, int32."""
+        there = self.rows < before.size
+        return self.rows[there][before.lookup_keys(self.keys[there]) != self.rows[there]]
+
+    def decode(self, rows: np.ndarray) -> np.ndarray:
+        """The ids of `rows`, each of which has one, as `to_keys` gives them."""
+        order = np.argsort(self.rows)
+        return self.keys[order[np.searchsorted(self.rows, rows, sorter=order)]]
 
     def save(self, folder: Path) -> None:
-        """Write four `.npy` files to `folder`, which is made."""
+        """Write one `.npy` file an array to `folder`, which is made."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("keys", "rows", "pending", "pending_counts"):
+        for name in self.ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name), allow_pickle=False)
 
     @classmethod
     def load(cls, folder: Path) -> "Vocabulary":
         """Memory-map what `save` wrote."""
-        names = ("keys", "rows", "pending", "pending_counts")
-        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names))
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in cls.ARRAYS))
 
 
 def sum_counts(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

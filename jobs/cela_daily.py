@@ -18,6 +18,7 @@ from ctrdist.tasks.pretrain import PretrainConfig
 from raycluster import cli, registry, reporting
 from raycluster.day import Day, DayOptions, open_day, say
 from raycluster.encoder import EncodeConfig
+from raycluster.retention import prune
 from raycluster.stages.click import train_click
 from raycluster.stages.evaluate import evaluate
 from raycluster.stages.language import LanguageModelConfig, align, encode, pretrain, pretraining_due
@@ -124,6 +125,7 @@ def cela(day: Day, options: CelaOptions) -> dict:
     version = registry.register(day, release)
     day.state.annotate(day.release, {"registered": version})
     say(f"registered as {version}")
+    prune(day.state, options.keep_releases)
     return report
 
 

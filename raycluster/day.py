@@ -31,6 +31,10 @@ class DayOptions:
         split: `days` takes training, validation and test from the calendar; `column` takes them from the log's own
             column `split`, always from scratch: the options above then have no say, and the release is named `split`.
         from_scratch: train on the whole window even if the state has an earlier day to start from.
+        expire_days: ids that were not seen for more days than this lose their row; those seen within the window, and
+            items of today's `items/`, never do. 0 keeps every id.
+        keep_releases: releases to keep; older ones, and runs that no release refers to, are removed in the end. 0
+            keeps all. Rows of expired ids are given to new ones only once no release refers to them.
         seed: decides every draw.
         workers: training processes; 0 takes as many as the cluster has room for.
         max_bad_fraction: largest share of bad rows that the job goes on with.
@@ -47,6 +51,8 @@ class DayOptions:
     test_days: int = 1
     split: Literal["days", "column"] = "days"
     from_scratch: bool = False
+    expire_days: int = 0
+    keep_releases: int = 0
     seed: int = 0
     workers: int = 0
     max_bad_fraction: float = 0.01
@@ -70,6 +76,7 @@ class DayOptions:
     def result(self) -> dict:
         """The options that change the result."""
         outside = ("data", "state", "date", "workers", "tracking_uri", "experiment", "config", "max_bad_fraction")
+        outside += ("keep_releases",)
         return {name: value for name, value in to_dict(self).items() if name not in outside}
 
 
@@ -235,8 +242,13 @@ def open_day(options: DayOptions) -> Day:
 
 def latest_release(state: State, before: dt.date) -> Manifest | None:
     """The newest release dated before a day."""
-    names = [name for name in state.names("releases") if name.rsplit("/", 1)[1] < str(before)]
+    names = [name for name in day_releases(state) if name.rsplit("/", 1)[1] < str(before)]
     return state.find(names[-1]) if names else None
+
+
+def day_releases(state: State) -> list[str]:
+    """Names of the releases that are named by a day, the oldest first."""
+    return [name for name in state.names("releases") if name[-1].isdigit()]
 
 
 def say(line: str) -> None:

@@ -1,6 +1,7 @@
 """The log as a stream of encoded batches: Ray Data reads, checks and encodes; the order is the plan's."""
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from ray.train import DataConfig
 from ctrdist.fields import Encoder, load_encoders
 from ctrdist.items import Catalog
 from ctrdist.log import Chunk, RowGroup, read_chunk
-from ctrdist.scan import Scan, scan_row_group
+from ctrdist.scan import Scan, scan_row_group, sum_scans
 from ctrdist.schema import Schema
 from ctrdist.storage import State
 from raycluster.cluster import in_parallel
@@ -95,22 +96,24 @@ def scan(reader: LogReader, groups: list[RowGroup], train: set, quarantine: Path
         train: the days, or splits, whose ids are counted for the vocabularies.
         quarantine: local folder for bad rows.
     """
-    total = Scan()
-    for found, files in in_parallel(_scan, [(reader, part, train) for part in _pieces(groups)], cpus=0.5):
-        total.add(found)
-        for name, content in files:
-            quarantine.mkdir(parents=True, exist_ok=True)
-            (quarantine / name).write_bytes(content)
-    return total
+
+    def scans() -> Iterator[Scan]:
+        for found, files in in_parallel(_scan, [(reader, part, train) for part in _pieces(groups)], cpus=0.5):
+            for name, content in files:
+                quarantine.mkdir(parents=True, exist_ok=True)
+                (quarantine / name).write_bytes(content)
+            yield found
+
+    return sum_scans(scans())
 
 
 def _scan(reader: LogReader, part: list[RowGroup], train: set) -> tuple[Scan, list[tuple[str, bytes]]]:
     schema, _, catalog = reader.open()
-    total = Scan()
     with tempfile.TemporaryDirectory() as folder:
-        for group in part:
-            total.add(scan_row_group(reader.data, group, schema, catalog, Path(folder), ids=group.part in train))
-        return total, [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())]
+        found = sum_scans(
+            scan_row_group(reader.data, group, schema, catalog, Path(folder), ids=group.part in train) for group in part
+        )
+        return found, [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())]
 
 
 def _pieces(groups: list[RowGroup], rows: int = 65536) -> list[list[RowGroup]]:

@@ -164,7 +164,7 @@ def small_read(small_log: Path):
     """(schema, vocabularies, catalog) of `small_log`, its first three days counted as training days."""
     from ctrdist.items import build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
     from ctrdist.log import list_days, list_row_groups
-    from ctrdist.scan import Scan, item_counts, scan_row_group
+    from ctrdist.scan import Scan, grow_encoders, item_counts, scan_row_group
     from ctrdist.schema import Schema
     from ctrdist.vocabulary import Vocabulary
 
@@ -177,8 +177,7 @@ def small_read(small_log: Path):
     with tempfile.TemporaryDirectory() as quarantine:
         for group in list_row_groups(data, files, days, schema):
             scan.add(scan_row_group(data, group, schema, first, Path(quarantine)))
-    for field in schema.row_fields:
-        blank[field.name] = Vocabulary().grow(*scan.ids[field.name], field.min_count)
+    blank = grow_encoders(blank, scan, schema)
     counts = item_counts(scan.items, days, ids.size)
     vocabularies = grow_item_vocabularies(items, ids.lookup(items["item_id"]), counts, schema, blank)
     return schema, vocabularies, build_catalog(items, ids, schema, vocabularies)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -188,6 +189,11 @@ class ClickModel(Task):
         """Add rows for ids that have come since; the others stay as they are."""
         for name, table in self.tables.items():
             table.grow(sizes[name])
+
+    def renew(self, rows: dict[str, np.ndarray]) -> None:
+        """Forget what the tables learnt in some rows, by field: their ids are others now."""
+        for name, those in rows.items():
+            self.tables[name].renew(torch.from_numpy(those.astype(np.int64)))
 
     @torch.no_grad()
     def item_embeddings(self, item_fields: dict[str, Lookup]) -> Tensor:

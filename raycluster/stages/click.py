@@ -8,6 +8,7 @@ import numpy as np
 from ctrdist.batch import Batch, collate, load_text_table
 from ctrdist.config import to_dict
 from ctrdist.export import load_click_model, save_click_model
+from ctrdist.fields import rows_with_new_ids
 from ctrdist.log import plan_epoch
 from ctrdist.loop import LoopConfig
 from ctrdist.storage import Manifest, State, fingerprint
@@ -72,12 +73,12 @@ def train_click(
             inputs=inputs,
             loop=loop,
             batch_size=batch,
-            task=partial(_click_task, reader, config, fuse, text and text.name, start and start.name, seed),
+            task=partial(_click_task, reader, config, fuse, text and text.name, start, seed),
             save=save_click_model,
             collate=partial(encoded_batch, reader, text and text.name),
             train_stream=partial(_train_stream, reader, training_groups, config, rows, share, seed, epochs),
             valid_stream=partial(_valid_stream, reader, validation_groups, max(share, 1024)),
-            facts={"rows": rows, "epochs": epochs},
+            facts={"rows": rows, "epochs": epochs, "read": read.output.name},
             metrics=metrics_file,
         )
         return train(training, day.plan)
@@ -86,14 +87,15 @@ def train_click(
 
 
 def _click_task(
-    reader: LogReader, config: ClickConfig, fuse: FuseConfig | None, text: str | None, start: str | None, seed: int
+    reader: LogReader, config: ClickConfig, fuse: FuseConfig | None, text: str | None, start: Manifest | None, seed: int
 ) -> ClickModel:
-    schema, vocabularies, _ = reader.open()
-    sizes = table_sizes(vocabularies, schema)
+    schema, encoders, _ = reader.open()
+    sizes = table_sizes(encoders, schema)
     state = State(reader.state)
     if start:
-        model = load_click_model(state.local(start), schema, config, fuse, seed)
+        model = load_click_model(state.local(start.name), schema, config, fuse, seed)
         model.grow(sizes)
+        model.renew(rows_with_new_ids(encoders, LogReader(reader.data, reader.state, start.facts["read"]).open()[1]))
         return model
     width = load_text_table(state.local(text)).shape[1] if text else 0
     return ClickModel(schema, sizes, config, width, fuse, seed)

@@ -1,5 +1,6 @@
 """The first stage: check every row, grow the vocabularies, number the items."""
 
+import datetime as dt
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,12 @@ from ctrdist.errors import UserError
 from ctrdist.fields import load_encoders, new_encoder, save_encoders
 from ctrdist.items import ItemTexts, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
 from ctrdist.log import Part, file_facts
-from ctrdist.scan import Scan, item_counts
-from ctrdist.schema import NUMERIC
+from ctrdist.numeric import Numeric
+from ctrdist.scan import Scan, grow_encoders, item_counts
 from ctrdist.storage import Manifest, fingerprint
 from ctrdist.vocabulary import Vocabulary
 from raycluster import ingest
-from raycluster.day import Day, say
+from raycluster.day import Day, day_releases, say
 from raycluster.ingest import LogReader
 
 Days = tuple[Part, ...]
@@ -65,7 +66,7 @@ def read_log(day: Day, whole_window: bool = False) -> Read:
     train = day.window.train if whole_window else day.new_days
     groups = day.groups(train + day.window.valid + day.window.test)
     files = file_facts(day.options.data, [g.path for g in groups])
-    inputs = fingerprint(day.schema.fingerprint, files, before and before.identity, day.window)
+    inputs = fingerprint(day.schema.fingerprint, files, before and before.identity, day.window, day.options.expire_days)
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         return _read(day, name, inputs, groups, before)
@@ -89,7 +90,9 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
     items = read_items(data, schema)
     old = state.local(before.facts["read"]) if before else None
     vocabularies = load_encoders(old / "vocabulary") if old else {}
-    ids = grow_catalog_ids(items, Vocabulary.load(old / "catalog" / "ids") if old else Vocabulary())
+    expiry = Expiry.of(day)
+    ids = Vocabulary.load(old / "catalog" / "ids") if old else Vocabulary()
+    ids = expiry.apply(grow_catalog_ids(items, ids, **expiry.days))
     blank = {f.name: vocabularies.get(f.name) or new_encoder(f) for f in schema.item + schema.row_fields}
     first = f"{name}.catalog"
     with state.create(first, inputs) as folder:
@@ -106,12 +109,14 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
     counts_by_day = _window_counts(day, old, scan)
     counts = item_counts(counts_by_day, day.window.train, ids.size)
     fresh = item_counts(scan.items, day.new_days, ids.size)
-    for f in schema.row_fields:
-        if f.kind == NUMERIC:
-            vocabularies[f.name] = blank[f.name].fit(scan.samples[f.name], f.buckets)
-        else:
-            vocabularies[f.name] = blank[f.name].grow(*scan.ids[f.name], f.min_count, f.name)
-    vocabularies = grow_item_vocabularies(items, ids.lookup(items["item_id"]), fresh, schema, vocabularies)
+    vocabularies = grow_encoders(blank, scan, schema, **expiry.days)
+    vocabularies = grow_item_vocabularies(
+        items, ids.lookup(items["item_id"]), fresh, schema, vocabularies, **expiry.days
+    )  # fmt: skip
+    vocabularies = {
+        name: encoder if isinstance(encoder, Numeric) else expiry.apply(encoder)
+        for name, encoder in vocabularies.items()
+    }
     facts = {
         "rows": rows,
         "rows_by_day": {str(d): n for d, n in sorted(scan.rows.items())},
@@ -136,6 +141,43 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
         )
     state.remove(first)
     return state.find(name)
+
+
+@dataclass(frozen=True)
+class Expiry:
+    """Which ids lose their rows today, and which rows may be given again.
+
+    Args:
+        seen: the newest day that is trained on, as an ordinal.
+        date: the day of the run.
+        before: ids last seen before this day expire; None if none do.
+        reuse_until: rows freed by this day may be given again: no release that is kept refers to them.
+    """
+
+    seen: int
+    date: int
+    before: int | None
+    reuse_until: int
+
+    @classmethod
+    def of(cls, day: Day) -> "Expiry":
+        """The expiry of a day's run: never of an id that was seen within its window."""
+        if day.options.split_name:
+            return cls(0, 0, None, -1)
+        seen = day.window.train[-1].toordinal()
+        window = day.window.train[0].toordinal()
+        kept = [dt.date.fromisoformat(name.rsplit("/", 1)[1]) for name in day_releases(day.state)]
+        before = min(window, seen - day.options.expire_days) if day.options.expire_days else None
+        return cls(seen, day.date.toordinal(), before, min(kept).toordinal() if kept else -1)
+
+    @property
+    def days(self) -> dict[str, int]:
+        """What `Vocabulary.grow` wants to know."""
+        return {"day": self.seen, "reuse_until": self.reuse_until}
+
+    def apply(self, vocabulary: Vocabulary) -> Vocabulary:
+        """The vocabulary without the ids that expire today."""
+        return vocabulary if self.before is None else vocabulary.expire(self.before, self.date)
 
 
 def _judge(faults: dict[str, int], rows: int, limit: float, where: str | None) -> None:

@@ -32,7 +32,7 @@ def counted(ids: list) -> tuple[np.ndarray, np.ndarray]:
 @given(IDS)
 def test_encode_then_decode_is_the_identity(ids):
     vocabulary = Vocabulary().grow(*counted(ids))
-    decoded = vocabulary.in_row_order()[vocabulary.lookup(pa.array(ids)) - 2].tolist()
+    decoded = vocabulary.decode(vocabulary.lookup(pa.array(ids))).tolist()
     assert [key.decode() if isinstance(key, bytes) else key for key in decoded] == ids
 
 
@@ -51,6 +51,41 @@ def test_grown_day_by_day_is_built_at_once_up_to_row_order(ids, days, least):
     assert sorted(grown.rows.tolist()) == sorted(at_once.rows.tolist()) == list(range(2, grown.size))
     pending = [dict(zip(v.pending.tolist(), v.pending_counts.tolist(), strict=True)) for v in (grown, at_once)]
     assert pending[0] == pending[1]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=12),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 5),
+)
+def test_expiry_frees_what_is_old_and_gives_no_row_again_that_a_kept_release_names(days, least, age, keep):
+    """Day by day against a dictionary of id -> (row, count, last day); the last `keep` days' vocabularies are kept."""
+    vocabulary, known, releases = Vocabulary(), {}, []
+    for day, ids in enumerate(days, start=100):
+        before, oldest = vocabulary, min((d for d, _ in releases), default=-1)
+        keys, counts = counted(ids) if ids else (np.empty(0, np.int64), np.empty(0, np.int64))
+        vocabulary = vocabulary.grow(keys, counts, least, day=day, reuse_until=oldest).expire(day - age, day)
+        for i in ids:
+            row, count, _ = known.get(i, (None, 0, 0))
+            known[i] = (row, count + 1, day)
+        for i, (row, count, last) in list(known.items()):
+            if row is None and count >= least:
+                known[i] = (int(vocabulary.lookup_keys(np.array([i]))[0]), count, last)
+            if last < day - age:
+                del known[i]
+        rows = {i: row for i, (row, _, _) in known.items() if row is not None}
+        assert dict(zip(vocabulary.keys.tolist(), vocabulary.rows.tolist(), strict=True)) == rows
+        pending = {i: count for i, (row, count, _) in known.items() if row is None}
+        assert dict(zip(vocabulary.pending.tolist(), vocabulary.pending_counts.tolist(), strict=True)) == pending
+        assert sorted([*rows.values(), *vocabulary.free.tolist()]) == list(range(2, vocabulary.size))
+        for _, kept in releases:
+            names = dict(zip(kept.rows.tolist(), kept.keys.tolist(), strict=True))
+            assert all(names.get(row, i) == i for i, row in rows.items())
+        was = dict(zip(before.rows.tolist(), before.keys.tolist(), strict=True))
+        anew = {row for i, row in rows.items() if row < before.size and was.get(row) != i}
+        assert set(vocabulary.rows_with_new_ids(before).tolist()) == anew
+        releases = [*releases, (day, vocabulary)][-keep:]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), st.booleans()), max_size=40), st.integers(0, 5))

@@ -233,6 +233,23 @@ def test_a_step_makes_nothing_of_the_tables_size():
     assert seen.largest == 400_000
 
 
+def test_renewed_rows_are_like_new_and_others_stay():
+    table = table_of(9, lr=0.1)
+    for _ in range(3):
+        table(lookup(1, 4, 7)).sum().backward()
+        table.push(Group())
+    before = {name: getattr(table, name).clone() for name in STATE}
+    table.renew(torch.tensor([4, 6]))
+    kept = torch.tensor([0, 1, 2, 3, 5, 7, 8])
+    for name in STATE:
+        assert torch.equal(getattr(table, name)[kept], before[name][kept]), name
+        if name != "weight":
+            assert not getattr(table, name)[[4, 6]].any(), name
+    drawn = table.weight[[4, 6]]
+    assert not torch.isin(drawn, before["weight"]).any() and drawn.abs().max() < 6 * table.std
+    table.renew(torch.empty(0, dtype=torch.int64))
+
+
 def test_tables_of_finds_all_and_ddp_would_see_none():
     module = nn.ModuleDict({"b": table_of(3), "a": nn.Sequential(nn.Linear(1, 1), table_of(4))})
     assert [table.rows for table in tables_of(module)] == [3, 4]

@@ -38,8 +38,8 @@ def vocabulary(*names) -> Vocabulary:
 
 def rows_of(vocabulary: Vocabulary) -> dict:
     """Id -> row, as a dict."""
-    keys = vocabulary.in_row_order().tolist()
-    return {key.decode() if isinstance(key, bytes) else key: 2 + n for n, key in enumerate(keys)}
+    pairs = zip(vocabulary.keys.tolist(), vocabulary.rows.tolist(), strict=True)
+    return {key.decode() if isinstance(key, bytes) else key: row for key, row in pairs}
 
 
 # --- days ---

@@ -10,7 +10,7 @@ import pytest
 
 from ctrdist.errors import UserError
 from ctrdist.log import REASONS, list_days, list_row_groups
-from ctrdist.scan import Scan, item_counts, scan_row_group
+from ctrdist.scan import Scan, item_counts, scan_row_group, sum_scans
 from ctrdist.vocabulary import to_keys
 
 THIRD = dt.date(2024, 1, 4)
@@ -51,7 +51,7 @@ def check(scan: Scan, log: pd.DataFrame, catalog) -> None:
     }
     assert scan.quarantined == len(log) - len(good)
     assert scan.strangers == good["strangers"].sum()
-    names = dict(enumerate((key.decode() for key in catalog.ids.in_row_order().tolist()), start=2))
+    names = dict(zip(catalog.ids.rows.tolist(), (key.decode() for key in catalog.ids.keys.tolist()), strict=True))
     for day, (rows, counts) in scan.items.items():
         found = dict(zip((names[row] for row in rows.tolist()), counts.tolist(), strict=True))
         assert found == Counter(good.loc[good["day"] == str(day), "item_id"])

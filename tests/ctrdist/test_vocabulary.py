@@ -92,7 +92,7 @@ def test_rows_never_move_over_many_days():
         vocabulary = vocabulary.grow(to_keys(pa.array(distinct)), np.ones(len(distinct), np.int64))
         assert vocabulary.lookup(pa.array(list(rows))).tolist() == list(rows.values())
         assert vocabulary.size == FIRST_ROW + len(rows)
-        in_order = [key.decode() for key in vocabulary.in_row_order().tolist()]
+        in_order = [key.decode() for key in vocabulary.decode(np.arange(FIRST_ROW, vocabulary.size)).tolist()]
         assert in_order == sorted(rows, key=rows.get)
 
 
@@ -170,3 +170,33 @@ def test_save_and_load(tmp_path):
     grown = loaded["names"].grow(to_keys(pa.array(["rare"])), np.array([1]), min_count=2)
     assert grown.lookup(pa.array(["rare", "b"])).tolist() == [5, 3]
     assert loaded["empty"].grow(to_keys(pa.array([3])), np.array([1])).lookup(pa.array([3])).tolist() == [2]
+
+
+def test_new_ids_take_free_rows_first_once_no_release_names_them():
+    def grown(vocabulary, day, reuse_until, *ids):
+        return vocabulary.grow(to_keys(pa.array(ids)), np.ones(len(ids), np.int64), day=day, reuse_until=reuse_until)
+
+    old = grown(grown(Vocabulary(), 1, -1, "a", "b", "c"), 5, -1, "b").expire(before=3, day=6)
+    assert old.lookup(pa.array(["a", "b", "c"])).tolist() == [UNKNOWN, 3, UNKNOWN]
+    assert (old.free.tolist(), old.freed.tolist(), old.size) == ([2, 4], [6, 6], 5)
+    assert grown(old, 7, 5, "d").lookup(pa.array(["d"])).tolist() == [5]
+    new = grown(old, 7, 6, "d", "e", "f")
+    assert new.lookup(pa.array(["b", "d", "e", "f"])).tolist() == [3, 2, 4, 5]
+    assert new.rows_with_new_ids(old).tolist() == [2, 4] and not len(new.free)
+    # An id that comes back is a new one.
+    back = grown(old, 7, 6, "c")
+    assert back.lookup(pa.array(["c"])).tolist() == [2] and back.rows_with_new_ids(old).tolist() == [2]
+
+
+def test_an_expired_id_starts_counting_anew():
+    one = (to_keys(pa.array(["a"])), np.ones(1, np.int64))
+    vocabulary = Vocabulary().grow(*one, 2, day=1).expire(before=2, day=2).grow(*one, 2, day=3)
+    assert vocabulary.pending_counts.tolist() == [1] and vocabulary.pending_seen.tolist() == [3]
+    assert vocabulary.grow(*one, 2, day=4).lookup(pa.array(["a"])).tolist() == [2]
+
+
+def test_an_id_may_be_seen_without_a_row():
+    vocabulary = Vocabulary().grow(np.array([4]), np.array([1]), day=1)
+    vocabulary = vocabulary.grow(np.array([4, 9]), np.array([0, 0]), day=8)
+    assert vocabulary.seen.tolist() == [8] and not len(vocabulary.pending)
+    assert vocabulary.expire(before=8, day=9).keys.tolist() == [4]

@@ -18,7 +18,7 @@ from ctrdist.language.texts import tokenize
 from ctrdist.log import list_days, list_row_groups, plan_epoch, read_chunk
 from ctrdist.loop import LoopConfig, fit
 from ctrdist.metrics import auc
-from ctrdist.scan import Scan, item_counts, scan_row_group
+from ctrdist.scan import Scan, grow_encoders, item_counts, scan_row_group
 from ctrdist.schema import Schema
 from ctrdist.tasks.click import ClickConfig, ClickModel, table_sizes
 from ctrdist.vocabulary import Vocabulary
@@ -46,7 +46,7 @@ def world(tmp_path_factory):
     for group in list_row_groups(data, files, tuple(days[:7]), schema):
         scan.add(scan_row_group(data, group, schema, catalog, Path(folder)))
     counts = item_counts(scan.items, tuple(days[:7]), catalog.size)
-    vocabularies = {f.name: Vocabulary().grow(*scan.ids[f.name], f.min_count) for f in schema.row_fields}
+    vocabularies = grow_encoders({}, scan, schema)
     vocabularies = grow_item_vocabularies(items, ids.lookup(items["item_id"]), counts, schema, vocabularies)
     catalog = build_catalog(items, ids, schema, vocabularies)
 
