@@ -65,11 +65,13 @@ def test_each_row_group_and_their_sum_against_pandas(small_log, small_read, tmp_
     groups, found = scans(small_log, small_read, tmp_path)
     log, catalog = frames(small_log), small_read[2]
     assert log["strangers"].sum() > 0
+    parts = []
     for group, scan in zip(groups, found, strict=True):
         first = 6 * group.index
         mine = log[(log["path"] == group.path) & (log["row"] >= first) & (log["row"] < first + group.rows)]
         assert len(mine) == group.rows
         check(scan, mine, catalog)
+        parts.append(mine)
     forward, backward = Scan(), Scan()
     for scan in found:
         forward.add(scan)
@@ -78,6 +80,9 @@ def test_each_row_group_and_their_sum_against_pandas(small_log, small_read, tmp_
         backward.add(scan)
     check(forward, log, catalog)
     check(backward, log, catalog)
+    for count in range(1, len(groups) + 1):
+        _, again = scans(small_log, small_read, tmp_path)
+        check(sum_scans(iter(again[:count])), pd.concat(parts[:count]), catalog)
     assert forward.faults == {reason: 1 for reason in REASONS[1:-1]} == backward.faults
 
 
