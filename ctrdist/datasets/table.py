@@ -13,6 +13,7 @@ All is written to a `work` folder of this one run, and moved from there at the e
 dataset as it was.
 """
 
+import resource
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ from ctrdist.datasets.table_files import (
 from ctrdist.datasets.table_values import to_labels, to_seconds
 from ctrdist.errors import UserError
 from ctrdist.history import history_column, recent_behaviours
-from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, MULTI, TIMESTAMP, USER_ID, Field, Schema
+from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, MULTI, SPLIT, TIMESTAMP, USER_ID, Field, Schema
 from ctrdist.vocabulary import Vocabulary, to_keys
 
 KINDS = {CATEGORICAL: ID, MULTI: LIST, NUMERIC: NUMERIC}
@@ -155,6 +156,7 @@ def partition(
     Raises:
         UserError: a missing or mistyped column, a label or rating that is no number, a time before 1970 or after 2261.
     """
+    _allow_open_files()
     writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
     counts, first = {"rows": 0, NO_TIME: 0, NO_LABEL: 0}, None
     users = _users(work) if user_fields else None
@@ -182,11 +184,19 @@ def partition(
     return counts, first
 
 
+def _allow_open_files() -> None:
+    """As many open files as this process may have: there is one a bucket."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _log_columns(schema: Schema, options: TableOptions, user_fields: list[str]) -> Columns:
     kinds = {USER_ID: ID, ITEM_ID: ID} | _kinds(schema.row_fields)
+    optional = {*user_fields, SPLIT}
+    kinds[SPLIT] = ID
     kinds |= {HISTORY: LIST} if schema.history_length and options.history == "column" else {}
     kinds |= {schema.truth: NUMERIC} if schema.truth else {}
-    required = [name for name in kinds if name not in user_fields] + [options.rating or LABEL, TIMESTAMP]
+    required = [name for name in kinds if name not in optional] + [options.rating or LABEL, TIMESTAMP]
     if options.rating:
         kinds.setdefault(options.rating, NUMERIC)
     return Columns(kinds | {LABEL: ANY, TIMESTAMP: ANY}, tuple(required), options.names())
@@ -262,7 +272,7 @@ def finish_bucket(bucket: int, schema: Schema, options: TableOptions, work: Path
     if not parts:
         write_file(earlier, work / "histories" / name)
         return Finished({}, 0, 0, 0)
-    log = pa.concat_tables(parts).combine_chunks()
+    log = pa.concat_tables(parts, promote_options="default").combine_chunks()  # not all may have a split
     log = log.take(pc.sort_indices(log, [(TIMESTAMP, "ascending")]))
     derived = bool(schema.history_length) and options.history != "column"
     if derived:

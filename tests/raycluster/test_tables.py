@@ -371,6 +371,21 @@ def test_what_the_log_has_of_a_user_wins_and_lists_may_be_text(one_process, tmp_
     assert [(row["country"], row["likes"]) for row in rows] == [("A", ["x", "y"]), ("B", ["z"]), (None, None)]
 
 
+def test_a_split_of_the_logs_own_is_kept(one_process, tmp_path):
+    with_split = "user_id,item_id,label,timestamp,split\nu,a,1,1,train\nv,a,0,2,test\n"
+    assert [row["split"] for row in small(tmp_path, with_split)[1]] == ["train", "test"]
+    _, rows = small(tmp_path, with_split.replace("split", "part"))
+    assert all("split" not in row for row in rows)
+    _, rows = small(tmp_path, with_split.replace("split", "part"), rename=("part=split",))
+    assert [row["split"] for row in rows] == ["train", "test"]
+    (tmp_path / "more.csv").write_text("user_id,item_id,label,timestamp\nu,a,0,3\n")
+    (tmp_path / "log.csv").write_text(with_split)
+    out, schema = tmp_path / "both", Schema((Field("user_id"),), (Field("item_id"),))
+    tables.prepare(schema, f"{tmp_path}/[lm]o*.csv", f"{tmp_path}/items.csv", "", out, TableOptions())
+    rows = ds.dataset(out / "interactions").to_table().sort_by("timestamp").to_pylist()
+    assert [row["split"] for row in rows] == ["train", "test", None]
+
+
 def test_names_that_do_not_fit_together(one_process, tmp_path):
     log = "user_id,uid,item_id,label,timestamp,stars\nu,u,a,1,1,5\n"
     with pytest.raises(UserError, match=r"log.csv: columns user_id, uid would all be 'user_id'"):
