@@ -3,7 +3,10 @@
 One synthetic log of 10 fields and histories of 20 is made, checked and encoded by the job's own pieces. Three readers
 then go over the same row groups in one run: `read` only reads the columns, `plain` also encodes and joins batches in
 one process, `ray` does the same through Ray Data as a training worker gets it. Memory is the peak over all processes,
-at N and at 10 N rows.
+at N and at 10 N rows; Ray's object store is small, and what it had to spill to disk is counted.
+
+Beside it the vocabulary of as many users as a large company has: built from counts, grown by a day, and asked for rows,
+against a Python dictionary in the same run.
 """
 
 import json
@@ -14,9 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import psutil
 import pyarrow as pa
+import ray
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -26,14 +32,16 @@ from ctrdist.datasets.canonical import SECONDS_A_DAY, CanonicalWriter
 from ctrdist.fields import new_encoder, save_encoders
 from ctrdist.items import build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
 from ctrdist.log import list_days, list_row_groups, plan_epoch, read_chunk, read_row_group
-from ctrdist.scan import grow_encoders, item_counts
+from ctrdist.scan import Scan, grow_encoders, item_counts, sum_scans
 from ctrdist.schema import Field, Schema
 from ctrdist.storage import State
-from ctrdist.vocabulary import Vocabulary
+from ctrdist.vocabulary import Vocabulary, sum_counts
 from raycluster import cluster, ingest
 from raycluster.ingest import LogReader
 
 ROWS_A_DAY = 500_000
+BYTES_A_ROW = 4 * (20 + 1 + 1 + 1 + 3 + 2 + 1) + 8 * 4 + 1
+"""Of an encoded row, as it passes through the object store: items, fields, numbers and offsets."""
 SCHEMA = Schema(
     user=(Field("user_id"), Field("age"), Field("city"), Field("segments", "multi")),
     item=(Field("item_id"), Field("brand"), Field("tags", "multi")),
@@ -52,6 +60,10 @@ class Options:
         users: distinct users.
         items: distinct items.
         batch_size: rows of a batch.
+        ids: ids of the large vocabulary; 0 leaves that part out.
+        object_store_mib: memory of Ray's object store.
+        readers: which of them go over the logs.
+        data: a prepared log to go over in place of the two that are made here.
         folder: where to keep the logs; a temporary one if not given.
     """
 
@@ -60,6 +72,10 @@ class Options:
     users: int = 200_000
     items: int = 50_000
     batch_size: int = 1024
+    ids: int = 10_000_000
+    object_store_mib: int = 150
+    readers: tuple[Literal["read", "plain", "ray"], ...] = ("read", "plain", "ray")
+    data: Path | None = None
     folder: Path | None = None
 
 
@@ -158,6 +174,54 @@ def through_ray(reader: LogReader, groups: list, batch: int) -> Iterator[int]:
         yield len(collate(table, schema, catalog))
 
 
+def spilled_bytes() -> int:
+    """What Ray has moved from its object store to disk so far."""
+    return ray._private.internal_api.node_stats().store_stats.spilled_bytes_total
+
+
+def large_vocabulary(options: Options, folder: Path) -> dict[str, float]:
+    """Build, save, grow and ask a vocabulary of `ids` strings; and a dictionary of the same."""
+    draw = np.random.default_rng(0)
+    names = np.char.mod("user%010d", draw.permutation(options.ids)).astype("S14")
+    pieces = [sum_counts(part, np.ones(len(part))) for part in np.array_split(names, 150)]
+    out: dict[str, float] = {"ids": options.ids}
+
+    began = time.perf_counter()
+    scan = sum_scans(Scan(ids={"user_id": piece}) for piece in pieces)
+    out["merge_150_counts_s"] = time.perf_counter() - began
+    began = time.perf_counter()
+    vocabulary = Vocabulary().grow(*scan.ids["user_id"])
+    out["build_s"] = time.perf_counter() - began
+    vocabulary.save(folder / "vocabulary")
+    out["bytes_an_id"] = sum(path.stat().st_size for path in (folder / "vocabulary").iterdir()) / options.ids
+    del scan, pieces, vocabulary
+
+    mapped = Vocabulary.load(folder / "vocabulary")
+    seen = np.unique(np.concatenate([names[: options.ids // 50], [b"new%06d" % n for n in range(options.ids // 1000)]]))
+    began = time.perf_counter()
+    mapped.grow(seen, np.ones(len(seen), np.int64), day=1)
+    out["grow_by_a_day_s"] = time.perf_counter() - began
+
+    batch = pa.array(names[draw.integers(0, options.ids, 65_536)]).cast(pa.string())
+    mapped.lookup(batch)
+    began = time.perf_counter()
+    found = mapped.lookup(batch)
+    out["lookup_us_an_id"] = (time.perf_counter() - began) / len(batch) * 1e6
+
+    before, began = psutil.Process().memory_info().rss, time.perf_counter()
+    rows = {name: row for row, name in enumerate(pa.array(names).cast(pa.string()).to_pylist(), start=2)}
+    out["dict_build_s"] = time.perf_counter() - began
+    out["dict_bytes_an_id"] = (psutil.Process().memory_info().rss - before) / options.ids
+    began = time.perf_counter()
+    of_dict = np.array([rows.get(name, 1) for name in batch.to_pylist()])
+    out["dict_lookup_us_an_id"] = (time.perf_counter() - began) / len(batch) * 1e6
+    assert len(np.unique(found)) == len(np.unique(of_dict))
+    return out
+
+
+READERS = {"read": read_only, "plain": plain, "ray": through_ray}
+
+
 def timed(run: Callable[[], Iterator[int]], rows: int) -> tuple[float, float]:
     """Seconds until the first batch, and in all; every row must come."""
     began, seen, first = time.perf_counter(), 0, 0.0
@@ -169,42 +233,70 @@ def timed(run: Callable[[], Iterator[int]], rows: int) -> tuple[float, float]:
 
 
 def main(options: Options) -> None:
-    """Measure, print a table, and the JSON line."""
+    """Measure, print tables, and the JSON line."""
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=options.object_store_mib * 2**20,
+    )
     cluster.connect()
     cpus, results = len(os.sched_getaffinity(0)), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).absolute()
-        for rows in (options.rows, options.rows * options.times):
-            data, state = folder / f"data-{rows}", State(folder / f"state-{rows}")
+        for number, rows in enumerate((0,) if options.data else (options.rows, options.rows * options.times)):
+            data = (options.data or folder / f"data-{rows}").absolute()
+            began = time.perf_counter()
             if not (data / "schema.yaml").exists():
                 write_log(data, rows, options)
-            reader, groups = open_log(str(data), state, folder / "bad")
-            for name, run in (("read", read_only), ("plain", plain), ("ray", through_ray)):
+            written, memory = time.perf_counter(), cluster.PeakMemory(every=0.5)
+            reader, groups = open_log(str(data), State(folder / f"state-{number}"), folder / "bad")
+            checked, rows = time.perf_counter(), sum(group.rows for group in groups)
+            prepared = {"write_s": written - began, "check_s": checked - written, "check_mib": memory.close() / 2**20}
+            for name in options.readers:
                 memory, cores = cluster.PeakMemory(every=0.5), cpus if name == "ray" else 1
-                first, seconds = timed(partial(run, reader, groups, options.batch_size), rows)
+                first, seconds = timed(partial(READERS[name], reader, groups, options.batch_size), rows)
                 # Ray Data takes seconds to start, once a training; what counts is its speed from then on.
                 speed = rows / (seconds - (first if name == "ray" else 0))
                 peak = memory.close() / 2**20
                 results.append(
                     {"reader": name, "rows": rows, "cores": cores, "rows_per_s": speed, "first_batch_s": first}
-                    | {"seconds": seconds, "peak_mib": peak}
+                    | {"seconds": seconds, "peak_mib": peak, **prepared}
                 )
-    show(results)
-    small, large = ({r["reader"]: r for r in part} for part in (results[:3], results[-3:]))
-    # What the larger log takes beyond the smaller one: without the start, and what was read ahead by then.
-    more = {name: (large[name]["rows"] - small[name]["rows"]) / (large[name]["seconds"] - small[name]["seconds"])
-            for name in large}  # fmt: skip
-    ratios = {
+        spilled = spilled_bytes()
+        ray.shutdown()
+        vocabulary = large_vocabulary(options, folder) if options.ids else {}
+    show(results, vocabulary)
+    ratios = compare(results, cpus) | {
+        "batches_over_object_store": results[-1]["rows"] * BYTES_A_ROW / (options.object_store_mib * 2**20),
+        "spilled_bytes": spilled,
+    }
+    if vocabulary:
+        ratios["dict_bytes_over_vocabulary"] = vocabulary["dict_bytes_an_id"] / vocabulary["bytes_an_id"]
+        ratios["lookup_over_dict"] = vocabulary["lookup_us_an_id"] / vocabulary["dict_lookup_us_an_id"]
+    print(json.dumps({"benchmark": "ingest", "rows": results, "vocabulary": vocabulary, "ratios": ratios}))
+
+
+def compare(results: list[dict], cpus: int) -> dict[str, float]:
+    """What the larger log takes beyond the smaller one: without the start, and what was read ahead by then."""
+    of = {name: [r for r in results if r["reader"] == name] for name in READERS}
+    if any(len(two) < 2 for two in of.values()):
+        return {}
+    more = {
+        name: (large["rows"] - small["rows"]) / (large["seconds"] - small["seconds"])
+        for name, (small, large) in of.items()
+    }
+    return {
         "ray_per_core_over_plain": more["ray"] / cpus / more["plain"],
         "plain_over_read": more["plain"] / more["read"],
-        "memory_large_over_small": large["ray"]["peak_mib"] / small["ray"]["peak_mib"],
+        "memory_large_over_small": of["ray"][1]["peak_mib"] / of["ray"][0]["peak_mib"],
     }
-    print(json.dumps({"benchmark": "ingest", "rows": results, "ratios": ratios}))
 
 
-def show(results: list[dict]) -> None:
-    """The table for people."""
-    table = Table(title="Parquet to tensors, 10 fields and histories of 20")
+def show(results: list[dict], vocabulary: dict[str, float]) -> None:
+    """The tables for people."""
+    table = Table(title="Parquet to tensors")
     for name in ("rows", "reader", "rows/s", "cores", "rows/s a core", "first batch s", "peak MiB, all processes"):
         table.add_column(name, justify="left" if name == "reader" else "right")
     for r in results:
@@ -212,6 +304,11 @@ def show(results: list[dict]) -> None:
         last = (f"{r['first_batch_s']:.1f}", f"{r['peak_mib']:,.0f}")
         table.add_row(f"{r['rows']:,}", r["reader"], f"{r['rows_per_s']:,.0f}", str(r["cores"]), a_core, *last)
     Console(width=110).print(table)
+    if vocabulary:
+        table = Table(title=f"A vocabulary of {vocabulary['ids']:,} ids")
+        for name, value in vocabulary.items():
+            table.add_row(name.replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else f"{value:,}")
+        Console(width=110).print(table)
 
 
 if __name__ == "__main__":
