@@ -22,7 +22,6 @@ from typing import Literal
 import numpy as np
 import psutil
 import pyarrow as pa
-import ray
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -174,11 +173,6 @@ def through_ray(reader: LogReader, groups: list, batch: int) -> Iterator[int]:
         yield len(collate(table, schema, catalog))
 
 
-def spilled_bytes() -> int:
-    """What Ray has moved from its object store to disk so far."""
-    return ray._private.internal_api.node_stats().store_stats.spilled_bytes_total
-
-
 def large_vocabulary(options: Options, folder: Path) -> dict[str, float]:
     """Build, save, grow and ask a vocabulary of `ids` strings; and a dictionary of the same."""
     draw = np.random.default_rng(0)
@@ -234,14 +228,7 @@ def timed(run: Callable[[], Iterator[int]], rows: int) -> tuple[float, float]:
 
 def main(options: Options) -> None:
     """Measure, print tables, and the JSON line."""
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=options.object_store_mib * 2**20,
-    )
-    cluster.connect()
+    cluster.connect(options.object_store_mib * 2**20)
     cpus, results = len(os.sched_getaffinity(0)), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).absolute()
@@ -264,8 +251,7 @@ def main(options: Options) -> None:
                     {"reader": name, "rows": rows, "cores": cores, "rows_per_s": speed, "first_batch_s": first}
                     | {"seconds": seconds, "peak_mib": peak, **prepared}
                 )
-        spilled = spilled_bytes()
-        ray.shutdown()
+        spilled = cluster.spilled_bytes()
         vocabulary = large_vocabulary(options, folder) if options.ids else {}
     show(results, vocabulary)
     ratios = compare(results, cpus) | {

@@ -19,6 +19,7 @@ from ctrdist.schema import HISTORY, ITEM_ID, LABEL, NUMERIC, Schema
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+SERVES = "release.json"
 
 
 def save_click_model(model: ClickModel, folder: Path, optimizer_state: bool = True) -> None:
@@ -82,6 +83,8 @@ def _optimizer_state(model: ClickModel) -> set[str]:
 class Release:
     """A released day: vocabularies, catalog, text table and models that belong together, ready to score.
 
+    It scores with the model that `release.json` names; one with text reads the text table beside it.
+
     Args:
         folder: local folder of a release.
     """
@@ -90,8 +93,9 @@ class Release:
         self.schema = Schema.load(folder / "schema.yaml")
         self.vocabularies = load_encoders(folder / "vocabulary")
         self.catalog = Catalog.load(folder / "catalog", self.schema)
-        self.text_table = load_text_table(folder)
-        self.model = load_click_model(folder / "cela", self.schema)
+        served = json.loads((folder / SERVES).read_text())["serves"]
+        self.model = load_click_model(folder / served, self.schema)
+        self.text_table = load_text_table(folder if self.model.text_dim else None)
 
     @torch.no_grad()
     def predict(self, rows: pa.Table) -> np.ndarray:

@@ -41,9 +41,10 @@ STAGE_TITLES = {
     "roma": "Item alignment",
     "encode": "Text table",
     "mf2": "Fused model",
+    "train": "Training",
     "evaluate": "Evaluation",
 }
-"""What a person calls each stage of the CELA pipeline; a second round of one is named `roma_2`."""
+"""What a person calls each stage; a second round of one is named `roma_2`."""
 
 
 def write_report(report: Mapping, folder: Path) -> Path:
@@ -134,7 +135,7 @@ def console_table(report: Mapping, width: int = 100) -> str:
     for name, model in report["models"].items():
         values = (model.get(key) for key in ("auc", "log_loss", "gauc", "auc_cold", "log_loss_cold"))
         models.add_row(model_title(name), *map(metric, values))
-    gained = f"gain  overall {_gain_phrase(gain, 'auc')},  cold {_gain_phrase(gain, 'cold')}"
+    gained = [Text(f"gain  overall {_gain_phrase(gain, 'auc')},  cold {_gain_phrase(gain, 'cold')}")] if gain else []
     stages = _table("stage", "seconds", "rows", "rows/s", "waiting for data", "")
     for name, stage in (report.get("stages") or {}).items():
         note = "skipped: complete from an earlier run" if stage.get("skipped") else ""
@@ -147,7 +148,7 @@ def console_table(report: Mapping, width: int = 100) -> str:
     facts.add_row("release", report.get("release") or "-")
     facts.add_row("peak memory", size(report.get("peak_memory_bytes")))
     out = io.StringIO()
-    parts = Group(Text(f"CTR report {report['date']}"), Text(), models, Text(gained), Text(), stages, Text(), facts)
+    parts = Group(Text(f"CTR report {report['date']}"), Text(), models, *gained, Text(), stages, Text(), facts)
     Console(file=out, width=width, color_system=None).print(parts)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 

@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from ctrdist import backbones
 from ctrdist.errors import UserError
 from ctrdist.language.model import check_model
-from ctrdist.report import console_table
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig, FuseConfig
 from ctrdist.tasks.pretrain import PretrainConfig
 from raycluster import cli, registry, reporting
-from raycluster.day import Day, DayOptions, open_day, say
+from raycluster.day import Day, DayOptions, run_day
 from raycluster.encoder import EncodeConfig
-from raycluster.retention import prune
 from raycluster.stages.click import train_click
 from raycluster.stages.evaluate import evaluate
 from raycluster.stages.language import LanguageModelConfig, align, encode, pretrain, pretraining_due
@@ -47,6 +45,8 @@ class CelaOptions(DayOptions):
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     fuse: FuseConfig = field(default_factory=FuseConfig)
 
+    job = "cela_daily"
+
     def check(self) -> None:
         """Raise a UserError for what can be known to be wrong before anything is read."""
         if self.rounds < 1:
@@ -63,16 +63,7 @@ class CelaOptions(DayOptions):
 def run(options: CelaOptions) -> None:
     """The paper's day, from the log to the release."""
     options.check()
-    day = open_day(options)
-    done = day.state.find(day.release)
-    if done and "registered" in done.facts:
-        say(f"{day.date} is complete: {day.state.path(day.release)}. Nothing to do")
-        if done.facts["options"] != options.result():
-            say("its options were others than these; to try these, give another --state")
-        return
-    with day.running():
-        report = cela(day, options)
-    print(console_table(report), flush=True)
+    run_day(options, lambda day: cela(day, options))
 
 
 def cela(day: Day, options: CelaOptions) -> dict:
@@ -103,29 +94,9 @@ def cela(day: Day, options: CelaOptions) -> dict:
             day, f"mf2{suffix}", read, options.ctr, text=text, fuse=options.fuse, start=fused, days=days
         )
 
-    result = evaluate(day, read, {"id": (id_model, None), "cela": (fused, text)})
-    report = reporting.assemble(day, read, text, result)
-    release = registry.write_release(
-        day,
-        read.output,
-        text,
-        {"id": id_model, "cela": fused},
-        report,
-        facts={
-            "options": options.result(),
-            "read": read.output.name,
-            "id": id_model.name,
-            "cela": fused.name,
-            "lm": aligned.name,
-            "dap": pretrained.name,
-            "trained_days": day.trained_days,
-        },
-    )
-    reporting.log(day, report, release)
-    version = registry.register(day, release)
-    day.state.annotate(day.release, {"registered": version})
-    say(f"registered as {version}")
-    prune(day.state, options.keep_releases)
+    models = {"id": (id_model, None), "cela": (fused, text)}
+    report = reporting.assemble(day, read, evaluate(day, read, models), text)
+    registry.release(day, read.output, models, report, {"lm": aligned.name, "dap": pretrained.name})
     return report
 
 

@@ -36,8 +36,12 @@ class Plan:
     threads: int
 
 
-def connect() -> None:
-    """Connect to the cluster that `RAY_ADDRESS` names (a submitted job has it), else start a local Ray."""
+def connect(object_store_bytes: int | None = None) -> None:
+    """Connect to the cluster that `RAY_ADDRESS` names (a submitted job has it), else start a local Ray.
+
+    Args:
+        object_store_bytes: memory of a local Ray's object store; Ray's own choice if None.
+    """
     import ray
 
     address = os.environ.get("RAY_ADDRESS", "")
@@ -53,11 +57,19 @@ def connect() -> None:
         log_to_driver=False,
         logging_level="ERROR",
         ignore_reinit_error=True,
+        object_store_memory=None if address else object_store_bytes,
     )
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def spilled_bytes() -> int:
+    """What this node has moved from Ray's object store to disk so far, for want of memory."""
+    from ray._private.internal_api import node_stats
+
+    return node_stats().store_stats.spilled_bytes_total
 
 
 def make_plan(workers: int = 0, batch_sizes: dict[str, int] | None = None) -> Plan:

@@ -11,6 +11,7 @@ from typing import Literal
 from ctrdist.config import to_dict
 from ctrdist.errors import UserError
 from ctrdist.log import SPLIT_WINDOW, Part, RowGroup, Window, choose_window, list_days, list_row_groups
+from ctrdist.report import console_table
 from ctrdist.schema import Schema
 from ctrdist.storage import Manifest, State, filesystem, fingerprint
 from raycluster import cluster
@@ -19,7 +20,7 @@ from raycluster.tracking import MetricsTail, Tracker, masked
 
 @dataclass(frozen=True)
 class DayOptions:
-    """What every daily job asks.
+    """What every daily job asks. A subclass sets `job` to its file's name: the state of another job is refused.
 
     Args:
         data: the prepared log, a folder or URI.
@@ -59,6 +60,8 @@ class DayOptions:
     tracking_uri: str | None = None
     experiment: str = "cela"
     config: str | None = None
+
+    job = ""
 
     @property
     def split_name(self) -> str:
@@ -140,7 +143,7 @@ class Day:
         """Ray, the plan and the MLflow run of the day, for as long as the block lasts."""
         self.memory = cluster.PeakMemory()
         if not self.state.find("schema"):
-            with self.state.create("schema", self.schema.fingerprint) as folder:
+            with self.state.create("schema", self.schema.fingerprint, {"job": self.options.job}) as folder:
                 self.schema.save(folder / "schema.yaml")
         self.tracker = Tracker.open(self.options.tracking_uri, self.state.uri, self.options.experiment)
         cluster.connect()
@@ -196,6 +199,24 @@ class Day:
             self.tracker.log_records(run_id, [{"step": step, "loss": loss} for step, loss in facts.get("losses", [])])
 
 
+def run_day(options: DayOptions, pipeline: Callable[[Day], dict]) -> None:
+    """Open the day and, if it is not complete, run the pipeline, which releases it, and print the report it returns.
+
+    Raises:
+        UserError: what is wrong with the options, the data or the state.
+    """
+    day = open_day(options)
+    done = day.state.find(day.release)
+    if done and "registered" in done.facts:
+        say(f"{day.date} is complete: {day.state.path(day.release)}. Nothing to do")
+        if done.facts["options"] != options.result():
+            say("its options were others than these; to try these, give another --state")
+        return
+    with day.running():
+        report = pipeline(day)
+    print(console_table(report), flush=True)
+
+
 def open_day(options: DayOptions) -> Day:
     """Check data and state, choose the window, and find the day to start from. Needs no Ray.
 
@@ -223,6 +244,10 @@ def open_day(options: DayOptions) -> Day:
     else:
         window = choose_window(list(files), options.date, options.train_days, options.valid_days, options.test_days)
     known = state.find("schema")
+    if known is not None and known.facts.get("job", options.job) != options.job:
+        raise UserError(
+            f"--state {state.uri}: a state of {known.facts['job']}, whose models do not fit; give another --state"
+        )
     if known is not None and known.inputs != schema.fingerprint:
         raise UserError(
             f"--state {state.uri}: written by another schema ({known.inputs}) than {data}/schema.yaml "

@@ -1,5 +1,6 @@
 """Releases: a day's vocabulary, catalog, text table, models, schema and metrics as one thing, and its registration."""
 
+import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -9,41 +10,58 @@ import pandas as pd
 import pyarrow as pa
 
 import ctrdist
-from ctrdist.export import Release, load_click_model, save_click_model
+from ctrdist.export import SERVES, Release, load_click_model, save_click_model
 from ctrdist.log import read_row_group
 from ctrdist.report import write_report
 from ctrdist.schema import HISTORY
 from ctrdist.storage import Manifest, fingerprint
-from raycluster.day import Day
+from raycluster import reporting
+from raycluster.day import Day, say
+from raycluster.retention import prune
 from raycluster.tracking import mlflow_quiet
 
+Scored = tuple[Manifest, Manifest | None]
 CODE = [str(Path(ctrdist.__file__).parent)]
 SERVING = ("torch", "pyarrow", "pandas", "numpy", "safetensors", "pyyaml", "transformers")
 
 
-def write_release(
-    day: Day, read: Manifest, text: Manifest, models: dict[str, Manifest], report: dict[str, Any], facts: dict[str, Any]
-) -> Manifest:
-    """Write the day's release: everything that serving and the next day need, and the report.
+def release(day: Day, read: Manifest, models: dict[str, Scored], report: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write the day's release, log it, register it, and let go of what is old.
 
     Args:
         read: output with schema, vocabularies and catalog.
-        text: output with the text table.
-        models: click models by name, `id` and `cela`.
-        facts: what the next day starts from.
+        models: by name, a click model's output and its text table's; the last one serves.
+        report: the day's report.
+        facts: what the next day starts from, besides the models.
     """
-    state = day.state
+    written = write_release(day, read, models, report, facts)
+    reporting.log(day, report, written)
+    version_ = register(day, written)
+    day.state.annotate(day.release, {"registered": version_})
+    say(f"registered as {version_}")
+    prune(day.state, day.options.keep_releases)
+
+
+def write_release(
+    day: Day, read: Manifest, models: dict[str, Scored], report: dict[str, Any], facts: dict[str, Any]
+) -> Manifest:
+    """Write everything that serving and the next day need, and the report, as one output. Arguments as `release`."""
+    state, served = day.state, list(models)[-1]
+    facts = facts | {"read": read.name, "options": day.options.result(), "trained_days": day.trained_days}
+    facts |= {name: output.name for name, (output, _) in models.items()}
     with state.create(day.release, read.identity, facts) as folder:
         source = state.local(read.name)
         shutil.copy(source / "schema.yaml", folder)
         for part in ("vocabulary", "catalog"):
             shutil.copytree(source / part, folder / part)
-        shutil.copy(state.local(text.name) / "text_table.npy", folder)
-        for name, output in models.items():
+        for name, (output, text) in models.items():
             (folder / name).mkdir()
             save_click_model(
                 load_click_model(state.local(output.name), day.schema), folder / name, optimizer_state=False
             )
+            if text and name == served:
+                shutil.copy(state.local(text.name) / "text_table.npy", folder)
+        (folder / SERVES).write_text(json.dumps({"serves": served}))
         write_report(report, folder)
     publish(day)
     return state.find(day.release)
@@ -63,17 +81,17 @@ def publish(day: Day) -> None:
         fs.copy_files(f"{root}/{manifest.folder}/{name}", f"{folder}/{name}", filesystem_, filesystem_)
 
 
-def register(day: Day, release: Manifest) -> str:
+def register(day: Day, written: Manifest) -> str:
     """Log the release as an MLflow model with signature and input example, and register it; returns name and version.
 
     A release whose models and tables are registered already keeps its version.
     """
     client, name = day.tracker.client, day.options.experiment
-    content = fingerprint({path: facts for path, facts in release.files.items() if not path.startswith("report.")})
+    content = fingerprint({path: facts for path, facts in written.files.items() if not path.startswith("report.")})
     known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("release") == content]
     if known:
         return f"{name} version {known[0].version}"
-    folder = day.state.local(release.name)
+    folder = day.state.local(written.name)
     loaded = Release(folder)
     example = example_rows(day, loaded)
     with mlflow_quiet() as mlflow:

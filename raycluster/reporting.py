@@ -12,16 +12,15 @@ from ctrdist.storage import Manifest
 from raycluster.day import Day
 from raycluster.stages.read import Read
 
-STAGES = ("id", "dap", "roma", "encode", "mf2", "evaluate")
 PACKAGES = ("ray", "torch", "transformers", "pyarrow", "numpy", "mlflow")
 
 
-def assemble(day: Day, read: Read, text: Manifest, result: dict[str, Any]) -> dict[str, Any]:
+def assemble(day: Day, read: Read, result: dict[str, Any], text: Manifest | None = None) -> dict[str, Any]:
     """The report of a day that has been evaluated.
 
     Args:
-        text: output with the text table.
         result: what `stages.evaluate` gave.
+        text: output with the text table, if there is one.
     """
     window = {
         name: [str(days[0]), str(days[-1])]
@@ -29,9 +28,7 @@ def assemble(day: Day, read: Read, text: Manifest, result: dict[str, Any]) -> di
         if (days := getattr(day.window, name))
     }
     counts = {name: read.total(getattr(day.window, name)) for name in ("valid", "test")}
-    stages = {
-        name: _stage(day, name, manifest) for name, manifest in day.stages.items() if name.rsplit("_", 1)[0] in STAGES
-    }
+    stages = {name: _stage(day, name, manifest) for name, manifest in day.stages.items() if name != "read"}
     return {
         "date": str(day.date),
         "release": day.state.path(day.release),
@@ -47,7 +44,7 @@ def assemble(day: Day, read: Read, text: Manifest, result: dict[str, Any]) -> di
         "gain": result["gain"],
         "groups": result["groups"],
         "stages": stages,
-        "text_table": {"items": text.facts["items"], "dim": text.facts["dim"]},
+        "text_table": {"items": text.facts["items"], "dim": text.facts["dim"]} if text else None,
         "peak_memory_bytes": day.memory.bytes if day.memory else None,
         "config": day.options.shown(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

@@ -48,7 +48,8 @@ def evaluate(day: Day, read: Read, models: dict[str, tuple[Manifest, Manifest | 
         models: by name, the model's output and its text table's.
 
     Returns:
-        The parts `rows`, `models`, `gain` and `groups` of the report.
+        The parts `rows`, `models`, `gain` (of the last model over the first, if there are two) and `groups` of the
+        report.
     """
     inputs = fingerprint(
         read.identity,
@@ -90,4 +91,4 @@ def evaluate(day: Day, read: Read, models: dict[str, tuple[Manifest, Manifest | 
     users = table[USER_ID].combine_chunks().dictionary_encode().indices.to_numpy()
     result = metrics.evaluate(users, seen, label, scores)
     first, last = names[0], list(models)[-1]
-    return result | {"gain": metrics.gain(seen, label, scores[first], scores[last])}
+    return result | {"gain": metrics.gain(seen, label, scores[first], scores[last]) if first != last else {}}

@@ -13,7 +13,7 @@ from ctrdist.backbones import BackboneConfigs
 from ctrdist.backbones.din import Config as DinConfig
 from ctrdist.batch import collate
 from ctrdist.errors import UserError
-from ctrdist.export import DESCRIPTION, WEIGHTS, Release, load_click_model, save_click_model
+from ctrdist.export import DESCRIPTION, SERVES, WEIGHTS, Release, load_click_model, save_click_model
 from ctrdist.fields import save_encoders
 from ctrdist.group import Group
 from ctrdist.log import encode, list_days, list_row_groups, plan_epoch, read_chunk
@@ -139,6 +139,7 @@ def release(small_log, small_read, tmp_path_factory) -> tuple[Release, ClickMode
     catalog.save(folder / "catalog")
     np.save(folder / "text_table.npy", text_table(catalog))
     (folder / "cela").mkdir()
+    (folder / SERVES).write_text('{"serves": "cela"}')
     model = trained(small_log, small_read, FuseConfig(hidden=(7,)))
     save_click_model(model, folder / "cela", optimizer_state=False)
     assert {path.name for path in (folder / "cela").iterdir()} == {WEIGHTS, DESCRIPTION}

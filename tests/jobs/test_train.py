@@ -1,0 +1,123 @@
+"""One model alone: over days, and over the log's own parts."""
+
+import datetime as dt
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ctrdist.datasets.protocol import Protocol, Raw, write
+from ctrdist.datasets.synthetic import SyntheticConfig, prepare
+from ctrdist.errors import UserError
+from ctrdist.schema import Field
+from ctrdist.storage import State
+from ctrdist.tasks.click import ClickConfig
+from raycluster import cli
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("train", ROOT / "jobs" / "train.py")
+JOB = importlib.util.module_from_spec(SPEC)
+sys.modules["train"] = JOB
+SPEC.loader.exec_module(JOB)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("train") / "data"
+    prepare(SyntheticConfig(users=60, items=90, days=6, rows_per_day=400), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def options(data):
+    return JOB.TrainOptions(
+        data=str(data), state=str(data.parent / "state"), date=dt.date(2024, 1, 4), train_days=4, workers=1,
+        backbone="dcnv2", ctr=ClickConfig(epochs=2, batch_size=256, dim=8),
+    )  # fmt: skip
+
+
+def report_of(options, name: str) -> dict:
+    return json.loads((Path(options.state) / "releases" / name / "report.json").read_text())
+
+
+def test_two_days_of_one_model(ray_cluster, options, data, capsys):
+    from sklearn.metrics import roc_auc_score
+
+    JOB.run(options)
+    report, state = report_of(options, "2024-01-04"), State(options.state)
+    assert list(report["models"]) == ["dcnv2", "best"] and list(report["stages"]) == ["train", "evaluate"]
+    assert report["gain"] == {} and report["text_table"] is None
+    assert len(report["stages"]["train"]["valid_auc"]) == 2
+    scored = pq.read_table(state.local("runs/2024-01-04/evaluate") / "predictions.parquet")
+    assert scored.num_rows == report["rows"]["test"] == 400
+    assert report["models"]["dcnv2"]["auc"] == pytest.approx(roc_auc_score(scored["label"], scored["dcnv2"]))
+    out = capsys.readouterr().out
+    assert "dcnv2" in out and "gain" not in out
+
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{options.state}/mlflow.db")
+    model = mlflow.pyfunc.load_model("models:/train/1")
+    frame = pq.read_table(data / "interactions" / "dt=2024-01-05", partitioning=None).to_pandas()
+    names = [column.name for column in model.metadata.get_input_schema()]
+    found = model.predict(frame[names])["probability"].to_numpy()
+    np.testing.assert_allclose(np.sort(found), np.sort(scored["dcnv2"].to_numpy()), atol=1e-5)
+
+    JOB.run(replace(options, date=dt.date(2024, 1, 5)))
+    second = report_of(options, "2024-01-05")
+    assert second["rows"]["train"] == 400 and second["stages"]["train"]["rows"] == 400
+    with pytest.raises(UserError, match="--ctr.backbone: the model .* has 'dcnv2', not 'din'"):
+        JOB.run(replace(options, date=dt.date(2024, 1, 5), backbone="din", state=str(copied(options, data))))
+
+
+def copied(options, data: Path) -> Path:
+    """A state with the first day only."""
+    import shutil
+
+    state = data.parent / "first"
+    shutil.copytree(options.state, state)
+    State(str(state)).remove("releases/2024-01-05")
+    for name in State(str(state)).names("runs/2024-01-05"):
+        State(str(state)).remove(name)
+    return state
+
+
+def test_another_jobs_state_is_refused(options, data, tmp_path):
+    state = State(str(tmp_path / "state"))
+    with state.create("schema", State(options.state).find("schema").inputs, {"job": "cela_daily"}):
+        pass
+    with pytest.raises(UserError, match="--state .*: a state of cela_daily, whose models do not fit; give another"):
+        JOB.run(replace(options, state=state.uri))
+
+
+def test_the_logs_own_parts(ray_cluster, tmp_path):
+    draw, rows = np.random.default_rng(0), 900
+    log = {"user_id": [f"u{n}" for n in draw.integers(0, 40, rows)], "rating": draw.integers(0, 11, rows),
+           "item_id": [f"i{n}" for n in draw.integers(0, 30, rows)]}  # fmt: skip
+    raw = Raw(pa.table(log), pa.table({"item_id": [f"i{n}" for n in range(30)]}), item=(Field("item_id"),), text=())
+    write(raw, Protocol(positive=6, split="file"), tmp_path / "data")
+    options = JOB.TrainOptions(data=str(tmp_path / "data"), state=str(tmp_path / "state"), split="column", workers=1,
+                               ctr=ClickConfig(epochs=1, batch_size=256, dim=8))  # fmt: skip
+    JOB.run(options)
+    report = report_of(options, "split")
+    assert list(report["models"]) == ["din"] and report["rows"]["test"] == 90
+
+
+def test_no_such_backbone(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(lambda: JOB.run(cli.parse(JOB.TrainOptions(), "", ["--backbone", "dinn"])))
+    assert stop.value.code == 1 and "no such backbone; did you mean 'din'" in capsys.readouterr().err
+
+
+def test_help_lists_every_option():
+    done = subprocess.run([sys.executable, ROOT / "jobs" / "train.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for option in ("--backbone", "--split", "--ctr.patience", "--ctr.networks.din.attention", "--expire-days"):
+        assert option in done.stdout
