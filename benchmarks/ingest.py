@@ -140,7 +140,7 @@ def open_log(data: str, state: State, scratch: Path) -> tuple[LogReader, list]:
             build_catalog(items, ids, schema, encoders).save(folder / "catalog")
         return LogReader(data, state.uri, name)
 
-    scan = ingest.scan(save("blank"), groups, set(files), scratch)
+    scan = ingest.scan(save("blank"), groups, dict.fromkeys(files, "counted"), scratch)
     assert not scan.quarantined
     encoders = grow_encoders(encoders, scan, schema)
     counts = item_counts(scan.items, tuple(files), ids.size)

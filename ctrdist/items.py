@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from ctrdist.errors import UserError, nearest
 from ctrdist.fields import Encoder, new_encoder
-from ctrdist.language.texts import join_texts
+from ctrdist.language.texts import join_texts, with_large_offsets
 from ctrdist.numeric import sample_values, to_numbers
 from ctrdist.schema import ITEM_ID, MULTI, NUMERIC, Schema
 from ctrdist.storage import filesystem
@@ -116,7 +116,7 @@ def read_items(data: str, schema: Schema) -> pa.Table:
                 f"{path}: column '{ITEM_ID}': {nulls} of {table.num_rows} ids are null; every item needs one"
             )
         tables.append(table)
-    items = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    items = join_items(tables, f"{data}/items")
     counts = pc.value_counts(items[ITEM_ID])
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
@@ -125,6 +125,16 @@ def read_items(data: str, schema: Schema) -> pa.Table:
             f"{repeated[0]['values'].as_py()!r} for one; keep one row an item"
         )
     return items
+
+
+def join_items(tables: list[pa.Table], where: str) -> pa.Table:
+    """Tables of items as one, of one chunk a column. Raises UserError for a column of types that do not go together."""
+    try:
+        items = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}; give the column one type in all files") from None
+    columns = {name: with_large_offsets(items[name]) for name in items.column_names}
+    return pa.table(columns).combine_chunks()
 
 
 def require_columns(path: str, wanted: list[str], found: list[str]) -> None:
@@ -142,6 +152,21 @@ def grow_catalog_ids(items: pa.Table, ids: Vocabulary, **days: int) -> Vocabular
     """
     keys = to_keys(items[ITEM_ID].combine_chunks(), ITEM_ID)
     return ids.grow(keys, np.ones(len(keys), np.int64), column=ITEM_ID, **days)
+
+
+def with_items_that_left(items: pa.Table, before: pa.Table, ids: Vocabulary, since: int) -> pa.Table:
+    """Today's items, and those of `before` that are no longer among them but were on day `since` or later.
+
+    The log's rows and histories of these days name them still, and what was said of them holds.
+
+    Args:
+        before: the items of an earlier run, as this function gave them.
+        ids: its catalog rows.
+    """
+    gone = pc.invert(pc.is_in(before[ITEM_ID], items[ITEM_ID].combine_chunks().cast(before[ITEM_ID].type)))
+    left = before.filter(gone)
+    last = ids.seen[ids.find(to_keys(left[ITEM_ID].combine_chunks(), ITEM_ID))]
+    return join_items([items, left.filter(pa.array(last >= since))], "items/, beside those of an earlier day")
 
 
 def grow_item_vocabularies(

@@ -83,13 +83,16 @@ def list_days(data: str) -> dict[dt.date, list[str]]:
         )
     days: dict[dt.date, list[str]] = {}
     for info in filesystem_.get_file_info(fs.FileSelector(folder, recursive=True)):
-        if info.type != fs.FileType.File or not info.path.endswith(".parquet"):
+        parts = info.path.removeprefix(folder).strip("/").split("/")
+        if info.type != fs.FileType.File or any(part.startswith(("_", ".")) for part in parts):
+            continue  # such as what a writer that was killed left in its staging folder
+        if not info.path.endswith(".parquet"):
             continue
-        name = info.path.rsplit("/", 2)[1]
         try:
+            (name, _) = parts
             day = dt.datetime.strptime(name, "dt=%Y-%m-%d").date()
         except ValueError:
-            raise UserError(f"{info.path}: folder '{name}' is not dt=YYYY-MM-DD") from None
+            raise UserError(f"{info.path}: not directly in a folder interactions/dt=YYYY-MM-DD; move it") from None
         days.setdefault(day, []).append(info.path)
     if not days:
         raise UserError(f"{data}/interactions: no Parquet files in folders dt=YYYY-MM-DD")
@@ -221,7 +224,9 @@ def check_types(path: str, found: pa.Schema, schema: Schema, split: bool = False
         return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_integer(type_)
 
     def is_list(type_: pa.DataType) -> bool:
-        return (pa.types.is_list(type_) or pa.types.is_large_list(type_)) and is_id(type_.value_type)
+        if not (pa.types.is_list(type_) or pa.types.is_large_list(type_)):
+            return False
+        return is_id(type_.value_type) or pa.types.is_null(type_.value_type)  # all lists of a file may be empty
 
     def is_value(type_: pa.DataType) -> bool:
         return pa.types.is_integer(type_) or pa.types.is_floating(type_)
@@ -329,7 +334,18 @@ def encode(
     if schema.history_length:
         rows = recent_rows(table[HISTORY].combine_chunks(), catalog, schema.history_length)
         columns[HISTORY] = pa.FixedSizeListArray.from_arrays(rows.ravel(), schema.history_length)
-    return pa.table(columns | {f"raw.{name}": table[name] for name in keep})
+    return pa.table(columns | {f"raw.{name}": _one_type(table[name]) for name in keep})
+
+
+def _one_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The same values in the widest type of their kind, whatever the file's: int64, float64 or large_string."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_integer(column.type):
+        return column.cast(pa.int64(), safe=False)
+    if pa.types.is_floating(column.type):
+        return column.cast(pa.float64())
+    return column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
 
 
 def list_parts(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,8 @@ from ctrdist.log import REASONS, Part, RowGroup, find_faults, first_row, list_pa
 from ctrdist.numeric import Sample, add_samples, sample_values, to_numbers
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, Schema
 from ctrdist.vocabulary import UNKNOWN, Counts, add_counts, sum_counts, to_keys
+
+IdsOf = Literal["counted", "seen", "ignored"]
 
 
 @dataclass
@@ -90,20 +93,22 @@ def grow_encoders(encoders: dict[str, Encoder], scan: Scan, schema: Schema, **da
     grown = dict(encoders)
     for field_ in schema.row_fields:
         encoder = grown.get(field_.name) or new_encoder(field_)
-        if field_.kind == NUMERIC:
-            grown[field_.name] = encoder.fit(scan.samples[field_.name], field_.buckets)
-        else:
-            grown[field_.name] = encoder.grow(*scan.ids[field_.name], field_.min_count, field_.name, **days)
+        if field_.name in scan.samples:
+            encoder = encoder.fit(scan.samples[field_.name], field_.buckets)
+        if field_.name in scan.ids:
+            encoder = encoder.grow(*scan.ids[field_.name], field_.min_count, field_.name, **days)
+        grown[field_.name] = encoder
     return grown
 
 
 def scan_row_group(
-    data: str, group: RowGroup, schema: Schema, catalog: Catalog, quarantine: Path, ids: bool = True
+    data: str, group: RowGroup, schema: Schema, catalog: Catalog, quarantine: Path, ids: IdsOf = "counted"
 ) -> Scan:
     """Check and count the rows of one row group; bad ones go to a Parquet file in `quarantine` with their reason.
 
     Args:
-        ids: count the values of user and context fields; only rows that will be trained on need it.
+        ids: values of user and context fields are `counted` in rows to train on, `seen` (counted as 0) in others whose
+            ids must not expire, or `ignored`.
     """
     table = read_row_group(data, group, schema)
     faults = find_faults(table, group.day, catalog, group.split)
@@ -119,9 +124,11 @@ def scan_row_group(
     if schema.history_length:
         _, flat = list_parts(good[HISTORY].combine_chunks())
         scan.strangers = int((catalog.ids.lookup(flat, HISTORY) == UNKNOWN).sum())
-    for schema_field in schema.row_fields if ids else ():
+    for schema_field in schema.row_fields if ids != "ignored" else ():
         values = good[schema_field.name].combine_chunks()
         if schema_field.kind == NUMERIC:
+            if ids == "seen":
+                continue
             piece = zlib.crc32(f"{schema_field.name} {group.part} {Path(group.path).name} {group.index}".encode())
             scan.samples[schema_field.name] = sample_values(to_numbers(values, schema_field.name), piece)
             continue
@@ -129,7 +136,8 @@ def scan_row_group(
             values = pc.list_flatten(values)
         found = pc.value_counts(values.drop_null())
         scan.ids[schema_field.name] = sum_counts(
-            to_keys(found.field("values"), schema_field.name), found.field("counts").to_numpy()
+            to_keys(found.field("values"), schema_field.name),
+            found.field("counts").to_numpy() * (ids == "counted"),
         )
     return scan
 

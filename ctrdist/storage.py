@@ -188,6 +188,17 @@ class State:
             filesystem_.delete_file(f"{root}/{name}.json")
             filesystem_.delete_dir(f"{root}/{manifest.folder}")
 
+    def sweep(self, under: str, keep: set[str]) -> None:
+        """Remove all that is in folder `under` but the outputs named in `keep`: others, and what never was one."""
+        filesystem_, root = filesystem(self.uri)
+        for name in self.names(under):
+            if name not in keep:
+                self.remove(name)
+        folders = {self.find(name).folder for name in self.names(under)}
+        for name in self.folders(under):
+            if f"{under}/{name}" not in folders:
+                filesystem_.delete_dir(f"{root}/{under}/{name}")
+
     def _write_object(self, name: str, content: bytes) -> None:
         filesystem_, root = filesystem(self.uri)
         target = f"{root}/{name}"

@@ -11,6 +11,8 @@ from ctrdist.errors import UserError
 PADDING = 0
 UNKNOWN = 1
 FIRST_ROW = 2
+LONGEST_ID = 256
+"""Bytes."""
 
 Counts = tuple[np.ndarray, np.ndarray]
 
@@ -19,7 +21,7 @@ def to_keys(values: pa.Array, column: str = "column") -> np.ndarray:
     """Ids as a NumPy array that sorts: int64 for integers, fixed-width UTF-8 bytes (`S`) for strings. No nulls.
 
     Raises:
-        UserError: `values` are neither integers nor strings.
+        UserError: `values` are neither integers nor strings, or one is longer than `LONGEST_ID`.
     """
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
@@ -32,6 +34,12 @@ def to_keys(values: pa.Array, column: str = "column") -> np.ndarray:
     offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
     lengths = np.diff(offsets)
     width = max(1, int(lengths.max()))
+    if width > LONGEST_ID:
+        shown = values[int(lengths.argmax())].as_py()[:40].decode(errors="replace")
+        raise UserError(
+            f"column '{column}': an id of {width:,} bytes, beginning with {shown!r}; at most {LONGEST_ID}: correct it, "
+            "or give such things shorter ids, since all take the room of the longest"
+        )
     content = np.frombuffer(values.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
     matrix = np.zeros((len(values), width), np.uint8)
     matrix[np.repeat(np.arange(len(values)), lengths), _ranges(lengths)] = content
@@ -118,6 +126,12 @@ class Vocabulary:
         found = np.full(len(keys), UNKNOWN, np.int32)
         found[known] = self.rows[at[known]]
         return found
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Where each of `keys`, all of which have a row, stands in `self.keys`."""
+        at, known = self._find(keys, "column")
+        assert known.all()
+        return at
 
     def _find(self, keys: np.ndarray, column: str) -> tuple[np.ndarray, np.ndarray]:
         """Where each of `keys` stands in `self.keys`, and whether it does."""

@@ -232,6 +232,14 @@ def open_day(options: DayOptions) -> Day:
                 f"--{name} {value}: a submitted job runs in a copy of its working folder that is thrown away "
                 "afterwards, so a relative path would lose its files; give an absolute path or a URI"
             )
+    for name in ("expire_days", "keep_releases"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: 0 or more")
+    if options.expire_days and not options.keep_releases:
+        raise UserError(
+            f"--expire-days {options.expire_days}: no row can be given again while every release is kept; give "
+            "--keep-releases too"
+        )
     data, state = _absolute(options.data), State(_absolute(options.state))
     if "://" not in data and not Path(data).is_dir():
         raise UserError(f"--data {data}: no such folder; make it with jobs/prepare.py")

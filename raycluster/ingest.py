@@ -14,8 +14,8 @@ from ray.train import DataConfig
 
 from ctrdist.fields import Encoder, load_encoders
 from ctrdist.items import Catalog
-from ctrdist.log import Chunk, RowGroup, read_chunk
-from ctrdist.scan import Scan, scan_row_group, sum_scans
+from ctrdist.log import Chunk, Part, RowGroup, read_chunk
+from ctrdist.scan import IdsOf, Scan, scan_row_group, sum_scans
 from ctrdist.schema import Schema
 from ctrdist.storage import State
 from raycluster.cluster import in_parallel
@@ -89,16 +89,16 @@ class InOrder(DataConfig):
         return shares
 
 
-def scan(reader: LogReader, groups: list[RowGroup], train: set, quarantine: Path) -> Scan:
+def scan(reader: LogReader, groups: list[RowGroup], ids: dict[Part, IdsOf], quarantine: Path) -> Scan:
     """One pass over row groups by Ray tasks (`ctrdist.scan`); the results are added as they come.
 
     Args:
-        train: the days, or splits, whose ids are counted for the vocabularies.
+        ids: what to do with the ids of a day, or a split (`scan_row_group`); those of others are ignored.
         quarantine: local folder for bad rows.
     """
 
     def scans() -> Iterator[Scan]:
-        for found, files in in_parallel(_scan, [(reader, part, train) for part in _pieces(groups)], cpus=0.5):
+        for found, files in in_parallel(_scan, [(reader, part, ids) for part in _pieces(groups)], cpus=0.5):
             for name, content in files:
                 quarantine.mkdir(parents=True, exist_ok=True)
                 (quarantine / name).write_bytes(content)
@@ -107,11 +107,12 @@ def scan(reader: LogReader, groups: list[RowGroup], train: set, quarantine: Path
     return sum_scans(scans())
 
 
-def _scan(reader: LogReader, part: list[RowGroup], train: set) -> tuple[Scan, list[tuple[str, bytes]]]:
+def _scan(reader: LogReader, part: list[RowGroup], ids: dict[Part, IdsOf]) -> tuple[Scan, list[tuple[str, bytes]]]:
     schema, _, catalog = reader.open()
     with tempfile.TemporaryDirectory() as folder:
         found = sum_scans(
-            scan_row_group(reader.data, group, schema, catalog, Path(folder), ids=group.part in train) for group in part
+            scan_row_group(reader.data, group, schema, catalog, Path(folder), ids.get(group.part, "ignored"))
+            for group in part
         )
         return found, [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())]
 

@@ -39,7 +39,7 @@ def release(day: Day, read: Manifest, models: dict[str, Scored], report: dict[st
     version_ = register(day, written)
     day.state.annotate(day.release, {"registered": version_})
     say(f"registered as {version_}")
-    prune(day.state, day.options.keep_releases)
+    prune(day.state, day.options.keep_releases, str(day.date))
 
 
 def write_release(

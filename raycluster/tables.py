@@ -13,6 +13,7 @@ from ctrdist.datasets.ledger import Ledger, complete
 from ctrdist.datasets.table import (
     NO_LABEL,
     NO_TIME,
+    Before,
     TableOptions,
     finish_bucket,
     partition,
@@ -21,7 +22,7 @@ from ctrdist.datasets.table import (
 )
 from ctrdist.datasets.table_files import format_of
 from ctrdist.errors import UserError
-from ctrdist.schema import Schema
+from ctrdist.schema import SPLIT, Schema
 from raycluster.cluster import in_parallel
 from raycluster.day import Progress
 
@@ -62,7 +63,10 @@ def prepare(
             summary = Summary(**ledger.summary)
             return replace(summary, counts=summary.counts | {"files that were in it already, nothing done": len(files)})
     if append:
-        buckets, before = ledger.buckets, out / ledger.histories
+        then = out / ledger.histories
+        needed = _buckets([*files, *map(str, then.iterdir())], schema, options)
+        # A multiple of what they were, so that a bucket's users were all in one bucket.
+        buckets, before = ledger.buckets * -(-needed // ledger.buckets), Before(then, ledger.buckets)
     else:
         clear_unfinished(out)
         buckets, before = _buckets(files, schema, options), None
@@ -83,8 +87,13 @@ def prepare(
     if append and first <= ledger.through:
         raise UserError(f"--append: {out} goes through {ledger.through}, but there are rows of {first}; leave them out")
 
+    split = counts[SPLIT] > 0
+    if append and split and not ledger.split:
+        raise UserError(f"--append: rows with a '{SPLIT}' to {out}, which has none; leave the column out")
+    split = split or (append and ledger.split)
+
     finished, rows_by_day, progress = [], Counter(), Progress("histories", "buckets")
-    calls = [(bucket, schema, options, work, before) for bucket in range(buckets)]
+    calls = [(bucket, buckets, schema, options, work, before, split) for bucket in range(buckets)]
     for found in in_parallel(finish_bucket, calls):
         finished.append(found)
         rows_by_day.update(found.days)
@@ -97,8 +106,8 @@ def prepare(
                 "rows with a label other than 0 and 1, for the job to set aside": counts[NO_LABEL]},
     )  # fmt: skip
     ledger = Ledger(
-        through=max(rows_by_day), buckets=buckets, schema=to_dict(schema), options=to_dict(options), inputs=inputs,
-        summary=asdict(summary), work=str(work.relative_to(out)),
+        through=max(rows_by_day), buckets=buckets, split=split, schema=to_dict(schema), options=to_dict(options),
+        inputs=inputs, summary=asdict(summary), work=str(work.relative_to(out)),
     )  # fmt: skip
     ledger.save(out)
     complete(out, ledger, schema)

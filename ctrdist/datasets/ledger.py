@@ -23,6 +23,7 @@ class Ledger:
     Args:
         through: last day in it.
         buckets: how many parts its users are dealt to.
+        split: whether its log has a column `split`.
         schema: of the dataset.
         options: how its log was made.
         inputs: path, size and time of change of the files of the last run.
@@ -32,6 +33,7 @@ class Ledger:
 
     through: str
     buckets: int
+    split: bool
     schema: dict
     options: dict
     inputs: list

@@ -44,6 +44,7 @@ from ctrdist.datasets.table_files import (
 from ctrdist.datasets.table_values import to_labels, to_seconds
 from ctrdist.errors import UserError
 from ctrdist.history import history_column, recent_behaviours
+from ctrdist.items import join_items
 from ctrdist.schema import CATEGORICAL, HISTORY, ITEM_ID, LABEL, MULTI, SPLIT, TIMESTAMP, USER_ID, Field, Schema
 from ctrdist.vocabulary import Vocabulary, to_keys
 
@@ -62,6 +63,7 @@ class TableOptions:
         rating: column whose values from `positive` up are clicks, in place of a `label`.
         positive: the least rating of a click.
         time_unit: of timestamps that are numbers; columns of a timestamp type need none.
+        quote: what CSV and TSV files put around values; `none` where a quote is a character like any other.
         history: `positive` or `all`: derived, from the clicks or from all rows; `column`: the log's own list column.
     """
 
@@ -69,7 +71,14 @@ class TableOptions:
     rating: str = ""
     positive: float = 1.0
     time_unit: Literal["s", "ms", "us", "ns"] = "s"
+    quote: str = '"'
     history: Literal["positive", "all", "column"] = "positive"
+
+    def columns(self, kinds: dict[str, str], required: tuple[str, ...]) -> Columns:
+        """The columns to read of a file. Raises UserError for options that say nothing."""
+        if self.quote != "none" and len(self.quote) != 1:
+            raise UserError(f"--quote {self.quote!r}: expected one character, or none")
+        return Columns(kinds, required, self.names(), "" if self.quote == "none" else self.quote)
 
     def names(self) -> dict[str, str]:
         """Ours by theirs. Raises UserError for a pair that is none, or for two names of one column."""
@@ -92,7 +101,7 @@ def write_items(paths: list[str], schema: Schema, options: TableOptions, work: P
         UserError: no items, a missing column, a null item id, or an item twice.
     """
     kinds = dict.fromkeys(schema.text_columns, TEXT) | _kinds(schema.item)
-    items = _read_whole(paths, Columns(kinds, tuple(kinds), options.names()))
+    items = _read_whole(paths, options.columns(kinds, tuple(kinds)))
     if items is None:
         raise UserError(f"--items: {paths[0]}: no rows" + (f", nor in {len(paths) - 1} more" if paths[1:] else ""))
     _refuse_bad_ids(items[ITEM_ID], f"{paths[0]}: column '{ITEM_ID}'")
@@ -106,7 +115,7 @@ def write_users(paths: list[str], schema: Schema, options: TableOptions, work: P
     Raises:
         UserError: no column `user_id`, a null in it, or a user twice.
     """
-    users = _read_whole(paths, Columns({USER_ID: ID} | _kinds(schema.user), (USER_ID,), options.names()))
+    users = _read_whole(paths, options.columns({USER_ID: ID} | _kinds(schema.user), (USER_ID,)))
     if users is None:
         return []
     ids = users[USER_ID].combine_chunks()
@@ -130,7 +139,7 @@ def _kinds(fields: tuple[Field, ...]) -> dict[str, str]:
 def _read_whole(paths: list[str], columns: Columns) -> pa.Table | None:
     """Small tables, joined; None without any row."""
     pieces = [piece for path in paths for piece in read_pieces(path, columns) if piece.num_rows]
-    return pa.concat_tables(pieces, promote_options="default").combine_chunks() if pieces else None
+    return join_items(pieces, paths[0]) if pieces else None
 
 
 def _refuse_bad_ids(ids: pa.Array | pa.ChunkedArray, where: str) -> None:
@@ -151,19 +160,21 @@ def partition(
     """Deal one file's rows to `work/bucket-K/NUMBER.arrow`.
 
     Returns:
-        Counts: `rows`, and what was wrong with some. The first day of the rows, None without any.
+        Counts: `rows`, those of a file with a split of its own, and what was wrong with some. The first day of the
+        rows, None without any.
 
     Raises:
         UserError: a missing or mistyped column, a label or rating that is no number, a time before 1970 or after 2261.
     """
     _allow_open_files()
     writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
-    counts, first = {"rows": 0, NO_TIME: 0, NO_LABEL: 0}, None
+    counts, first = {"rows": 0, SPLIT: 0, NO_TIME: 0, NO_LABEL: 0}, None
     users = _users(work) if user_fields else None
     for piece in read_pieces(path, _log_columns(schema, options, user_fields)):
         rows = _canonical(piece, path, schema, options, users, user_fields)
         timed = rows.filter(rows[TIMESTAMP].is_valid())
         counts["rows"] += timed.num_rows
+        counts[SPLIT] += timed.num_rows if SPLIT in timed.column_names else 0
         counts[NO_TIME] += rows.num_rows - timed.num_rows
         counts[NO_LABEL] += timed[LABEL].null_count
         if timed.num_rows:
@@ -199,7 +210,7 @@ def _log_columns(schema: Schema, options: TableOptions, user_fields: list[str]) 
     required = [name for name in kinds if name not in optional] + [options.rating or LABEL, TIMESTAMP]
     if options.rating:
         kinds.setdefault(options.rating, NUMERIC)
-    return Columns(kinds | {LABEL: ANY, TIMESTAMP: ANY}, tuple(required), options.names())
+    return options.columns(kinds | {LABEL: ANY, TIMESTAMP: ANY}, tuple(required))
 
 
 def _canonical(
@@ -257,22 +268,48 @@ class Finished:
     rows_with_history: int
 
 
-def finish_bucket(bucket: int, schema: Schema, options: TableOptions, work: Path, before: Path | None) -> Finished:
+@dataclass(frozen=True)
+class Before:
+    """What each user did last before the rows that are appended.
+
+    Args:
+        folder: where it lies.
+        buckets: parts that the users were dealt to; a divisor of what they are dealt to now.
+    """
+
+    folder: Path
+    buckets: int
+
+    def of(self, bucket: int, buckets: int) -> pa.Table:
+        """That of a bucket's users, where there are `buckets` now: all of them are in one bucket of then."""
+        path = self.folder / f"bucket-{bucket % self.buckets:05d}.parquet"
+        if not path.exists():
+            return _nobody()
+        then = pq.read_table(path)
+        return then.filter(pa.array(bucket_of(then[USER_ID].combine_chunks(), buckets) == bucket))
+
+
+def finish_bucket(
+    bucket: int, buckets: int, schema: Schema, options: TableOptions, work: Path, before: Before | None, split: bool
+) -> Finished:
     """Derive a bucket's histories and write its rows to `work/interactions/`, in order of time.
 
     What each user did last goes to `work/histories/`.
 
     Args:
-        before: folder with what each user did last before these rows, if any.
+        before: what each user did last before these rows, if any.
+        split: whether the dataset has a column `split`; rows of files without one then have none in it.
     """
     files = sorted((work / f"bucket-{bucket:05d}").glob("*.arrow"))
     parts = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in files]
     name = f"bucket-{bucket:05d}.parquet"
-    earlier = pq.read_table(before / name) if before and (before / name).exists() else _nobody()
+    earlier = before.of(bucket, buckets) if before else _nobody()
     if not parts:
         write_file(earlier, work / "histories" / name)
         return Finished({}, 0, 0, 0)
     log = pa.concat_tables(parts, promote_options="default").combine_chunks()  # not all may have a split
+    if split and SPLIT not in log.column_names:
+        log = log.append_column(SPLIT, pa.nulls(log.num_rows, pa.string()))
     log = log.take(pc.sort_indices(log, [(TIMESTAMP, "ascending")]))
     derived = bool(schema.history_length) and options.history != "column"
     if derived:

@@ -43,11 +43,13 @@ class Columns:
         kinds: what each holds, by our name.
         required: those that a file must have.
         names: ours by theirs, where they differ; a file need not have them.
+        quote: what CSV and TSV files put around values; "" for files that use none.
     """
 
     kinds: dict[str, str]
     required: tuple[str, ...]
     names: dict[str, str]
+    quote: str = '"'
 
     def choose(self, path: str, found: list[str]) -> dict[str, str]:
         """Theirs by ours, of those `found` in a file. Raises UserError for a missing or an ambiguous one."""
@@ -160,15 +162,21 @@ def _parquet(path: str, columns: Columns) -> Iterator[Piece]:
 
 def _csv(path: str, columns: Columns) -> Iterator[Piece]:
     delimiter = "\t" if ".tsv" in Path(path).suffixes else ","
+    style = {"delimiter": delimiter, "quotechar": columns.quote or None, "strict": True}
+    style |= {} if columns.quote else {"quoting": csv.QUOTE_NONE}
     with _open(path, "rt", encoding="utf-8-sig", newline="") as file:
-        header = next((row for row in csv.reader(file, delimiter=delimiter) if row), None)
+        header = next((row for row in csv.reader(file, **style) if row), None)
     if header is None:
         return
     theirs = columns.choose(path, header)
+    if columns.quote:
+        _check_quotes(path, columns.quote, style)
     reader = pacsv.open_csv(
         path,
         pacsv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
-        pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        pacsv.ParseOptions(
+            delimiter=delimiter, quote_char=columns.quote or False, newlines_in_values=bool(columns.quote)
+        ),
         pacsv.ConvertOptions(
             include_columns=list(theirs.values()), column_types=dict.fromkeys(theirs.values(), pa.string()),
             null_values=[""], strings_can_be_null=True,
@@ -178,6 +186,27 @@ def _csv(path: str, columns: Columns) -> Iterator[Piece]:
         yield pa.Table.from_batches([batch]), theirs
 
 
+def _check_quotes(path: str, quote: str, style: dict[str, Any]) -> None:
+    """Raise a UserError for a quote that is not closed where its value ends: Arrow would read on, over lines and rows.
+
+    Files without a quote, the most of them, are only searched for one.
+    """
+    with _open(path, "rb") as file:
+        if not any(quote.encode() in block for block in iter(lambda: file.read(BLOCK_BYTES), b"")):
+            return
+    with _open(path, "rt", encoding="utf-8-sig", newline="") as file:
+        reader, line = csv.reader(file, **style), 0
+        try:
+            for _ in reader:
+                line = reader.line_num
+        except csv.Error as error:
+            raise UserError(
+                f"{path}: line {line + 1}: a value begins with {quote} that is not closed where the value ends "
+                f"({error}); double a {quote} within quotes, or give --quote none where {quote} is a character like "
+                "any other"
+            ) from None
+
+
 def _json(path: str, columns: Columns) -> Iterator[Piece]:
     theirs, number = None, 1
     with _open(path, "rb") as file:
@@ -185,10 +214,26 @@ def _json(path: str, columns: Columns) -> Iterator[Piece]:
             if theirs is None:
                 keys = dict.fromkeys(key for row in _objects(path, lines, number) for key in row)
                 theirs = columns.choose(path, list(keys)) if keys else None
+            else:
+                _refuse_late_keys(path, columns, lines, number, set(theirs.values()))
             if theirs is not None:
                 kinds = {other: columns.kinds[name] for name, other in theirs.items()}
                 yield _parse(path, lines, number, kinds), theirs
             number += len(lines)
+
+
+def _refuse_late_keys(path: str, columns: Columns, lines: list[bytes], number: int, chosen: set[str]) -> None:
+    """Raise a UserError for a wanted key that no object of the file's first block had: its values would be lost."""
+    wanted = {*columns.kinds, *columns.names} - chosen
+    block = b"".join(lines)
+    mentioned = {name for name in wanted if f'"{name}"'.encode() in block}
+    for row in _objects(path, lines, number) if mentioned else ():
+        for name in mentioned & row.keys():
+            if columns.names.get(name, name) in columns.kinds:
+                raise UserError(
+                    f"{path}: '{name}' stands first after line {number - 1:,}; put a line that has it (null will do) "
+                    "at the beginning"
+                )
 
 
 def _parse(path: str, lines: list[bytes], number: int, kinds: dict[str, str]) -> pa.Table:
@@ -231,7 +276,7 @@ def _column(values: list, kind: str, path: str, name: str) -> pa.Array:
     if kind == ANY and not any(isinstance(value, str) for value in values):
         return pa.array(values)
     if kind == LIST:
-        values = [value.split("|") if isinstance(value, str) and value else value for value in values]
+        values = [(value.split("|") if value else None) if isinstance(value, str) else value for value in values]
         values = [[value] if value is not None and not isinstance(value, list) else value for value in values]
         return pa.array([None if value is None else [_text(part, path, name) for part in value] for value in values],
                         LISTS)  # fmt: skip

@@ -138,7 +138,7 @@ def _fill(items: pa.Table, part: str) -> pa.Array:
 
 def _strings(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     """Any column as trimmed large_string [rows], null where there is nothing to say."""
-    values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    values = with_large_offsets(column).combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     kind = values.type
     if pa.types.is_dictionary(kind):
         return _strings(values.cast(kind.value_type))
@@ -154,3 +154,14 @@ def _strings(column: pa.ChunkedArray | pa.Array) -> pa.Array:
             values = pc.if_else(pc.is_finite(values), values, pa.scalar(None, kind))
         text = pc.utf8_trim_whitespace(values.cast(TEXT))
     return pc.if_else(pc.equal(text, pa.scalar("", TEXT)), pa.scalar(None, TEXT), text)
+
+
+def with_large_offsets(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Strings and lists of strings with 64-bit offsets: of joined 32-bit ones, two GiB of text are too much."""
+    type_ = column.type
+    if pa.types.is_string(type_):
+        return column.cast(pa.large_string())
+    if pa.types.is_list(type_):
+        value = pa.large_string() if pa.types.is_string(type_.value_type) else type_.value_type
+        return column.cast(pa.large_list(value))
+    return column

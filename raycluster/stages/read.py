@@ -5,10 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from ctrdist.errors import UserError
 from ctrdist.fields import load_encoders, new_encoder, save_encoders
-from ctrdist.items import ItemTexts, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
+from ctrdist.items import (
+    ItemTexts,
+    build_catalog,
+    grow_catalog_ids,
+    grow_item_vocabularies,
+    read_items,
+    with_items_that_left,
+)
 from ctrdist.log import Part, file_facts
 from ctrdist.numeric import Numeric
 from ctrdist.scan import Scan, grow_encoders, item_counts
@@ -19,6 +27,7 @@ from raycluster.day import Day, day_releases, say
 from raycluster.ingest import LogReader
 
 Days = tuple[Part, ...]
+ITEMS, COUNTS = "items.parquet", "item_counts_by_day.npz"
 
 
 @dataclass
@@ -63,8 +72,8 @@ def read_log(day: Day, whole_window: bool = False) -> Read:
         UserError: more bad rows than `max_bad_fraction`.
     """
     before = day.previous
-    train = day.window.train if whole_window else day.new_days
-    groups = day.groups(train + day.window.valid + day.window.test)
+    train = day.window.train if whole_window else (*day.new_days, *_uncounted(day))
+    groups = day.groups(tuple(sorted(train)) + day.window.valid + day.window.test)
     files = file_facts(day.options.data, [g.path for g in groups])
     inputs = fingerprint(day.schema.fingerprint, files, before and before.identity, day.window, day.options.expire_days)
 
@@ -91,8 +100,10 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
     old = state.local(before.facts["read"]) if before else None
     vocabularies = load_encoders(old / "vocabulary") if old else {}
     expiry = Expiry.of(day)
-    ids = Vocabulary.load(old / "catalog" / "ids") if old else Vocabulary()
-    ids = expiry.apply(grow_catalog_ids(items, ids, **expiry.days))
+    known = Vocabulary.load(old / "catalog" / "ids") if old else Vocabulary()
+    ids = expiry.apply(grow_catalog_ids(items, known, **expiry.days))
+    if old:
+        items = with_items_that_left(items, pq.read_table(old / ITEMS), known, expiry.window)
     blank = {f.name: vocabularies.get(f.name) or new_encoder(f) for f in schema.item + schema.row_fields}
     first = f"{name}.catalog"
     with state.create(first, inputs) as folder:
@@ -101,7 +112,8 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
         build_catalog(items, ids, schema, blank).save(folder / "catalog")
     reader = LogReader(data, state.uri, first)
     with state.create(f"runs/{day.date}/quarantine", inputs) as quarantine:
-        scan = ingest.scan(reader, groups, set(day.new_days), quarantine)
+        ids_of = dict.fromkeys(day.new_days, "counted") | dict.fromkeys(day.window.valid, "seen")
+        scan = ingest.scan(reader, groups, ids_of, quarantine)
     rows = sum(scan.rows.values())
     where = None
     if scan.quarantined:
@@ -130,9 +142,10 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
         save_encoders(vocabularies, folder / "vocabulary")
         build_catalog(items, ids, schema, vocabularies).save(folder / "catalog")
         ItemTexts.write(folder / "texts.arrow", items, ids, schema)
+        pq.write_table(items, folder / ITEMS, compression="zstd")
         np.save(folder / "item_counts.npy", counts)
         np.savez(
-            folder / "item_counts_by_day.npz",
+            folder / COUNTS,
             **{
                 f"{d}.{part}": a
                 for d, pair in counts_by_day.items()
@@ -147,15 +160,17 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
 class Expiry:
     """Which ids lose their rows today, and which rows may be given again.
 
+    Days are ordinals.
+
     Args:
-        seen: the newest day that is trained on, as an ordinal.
-        date: the day of the run.
+        date: the day of the run, on which ids of its rows and items count as seen.
+        window: the first day of its window.
         before: ids last seen before this day expire; None if none do.
         reuse_until: rows freed by this day may be given again: no release that is kept refers to them.
     """
 
-    seen: int
     date: int
+    window: int
     before: int | None
     reuse_until: int
 
@@ -164,16 +179,15 @@ class Expiry:
         """The expiry of a day's run: never of an id that was seen within its window."""
         if day.options.split_name:
             return cls(0, 0, None, -1)
-        seen = day.window.train[-1].toordinal()
-        window = day.window.train[0].toordinal()
+        date, window = day.date.toordinal(), day.window.train[0].toordinal()
         kept = [dt.date.fromisoformat(name.rsplit("/", 1)[1]) for name in day_releases(day.state)]
-        before = min(window, seen - day.options.expire_days) if day.options.expire_days else None
-        return cls(seen, day.date.toordinal(), before, min(kept).toordinal() if kept else -1)
+        before = min(window, date - day.options.expire_days) if day.options.expire_days else None
+        return cls(date, window, before, min(kept).toordinal() if kept else -1)
 
     @property
     def days(self) -> dict[str, int]:
         """What `Vocabulary.grow` wants to know."""
-        return {"day": self.seen, "reuse_until": self.reuse_until}
+        return {"day": self.date, "reuse_until": self.reuse_until}
 
     def apply(self, vocabulary: Vocabulary) -> Vocabulary:
         """The vocabulary without the ids that expire today."""
@@ -193,12 +207,22 @@ def _judge(faults: dict[str, int], rows: int, limit: float, where: str | None) -
     say(f"read       {bad:,} bad rows set aside ({reasons}) in {where}")
 
 
+def _uncounted(day: Day) -> Days:
+    """Days of the window that were trained on, but whose rows by item the day before does not know: its window was
+    narrower."""
+    if not day.previous:
+        return ()
+    with np.load(day.state.local(day.previous.facts["read"]) / COUNTS) as saved:
+        counted = {key.rsplit(".", 1)[0] for key in saved.files}
+    return tuple(d for d in day.window.train if d not in day.new_days and str(d) not in counted)
+
+
 def _window_counts(day: Day, old: Path | None, scan: Scan) -> dict:
     """Rows of each item by day of the window: from the day before, and from this run's pass."""
     window = {str(d): d for d in day.window.train}
     counts = {}
     if old:
-        with np.load(old / "item_counts_by_day.npz") as saved:
+        with np.load(old / COUNTS) as saved:
             for key in saved.files:
                 d, part = key.rsplit(".", 1)
                 if part == "items" and d in window:

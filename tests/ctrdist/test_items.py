@@ -16,6 +16,7 @@ from ctrdist.items import (
     grow_item_vocabularies,
     item_batches,
     read_items,
+    with_items_that_left,
 )
 from ctrdist.schema import Field, Schema
 from ctrdist.vocabulary import UNKNOWN, Vocabulary
@@ -233,3 +234,23 @@ def test_item_batches_cover_every_item_once_an_epoch():
     orders = {tuple(epoch(seed, number)) for seed in range(3) for number in range(3)}
     assert len(orders) > 6 and tuple(items.tolist()) not in {tuple(epoch(0, 0))}
     assert list(item_batches(items[:0], 3, 0, 0)) == []
+
+
+def test_columns_of_types_that_do_not_go_together_are_named(tmp_path):
+    for name, year in (("a", [1999]), ("b", ["1999"])):
+        (tmp_path / "items").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"item_id": [name], "year": year}), tmp_path / "items" / f"{name}.parquet")
+    schema = Schema((Field("user_id"),), (Field("item_id"), Field("year")))
+    with pytest.raises(UserError, match="items: .*year.*; give the column one type in all files"):
+        read_items(str(tmp_path), schema)
+
+
+def test_items_that_left_stay_for_as_long_as_the_window():
+    def ids(day, known, *names):
+        return grow_catalog_ids(pa.table({"item_id": pa.array(names)}), known, day=day)
+
+    known = ids(3, ids(2, ids(1, Vocabulary(), "a", "b", "c"), "b", "c"), "c")
+    before = pa.table({"item_id": ["a", "b", "c"], "title": ["A", "B", "C, as it was"]})
+    today = pa.table({"item_id": ["c", "d"], "title": ["C", "D"]})
+    found = with_items_that_left(today, before, known, since=2)
+    assert found.to_pylist() == [{"item_id": i, "title": i.upper()} for i in "cdb"]

@@ -51,6 +51,17 @@ def touch(folder: Path, *names: str) -> None:
         (folder / "interactions" / name).write_bytes(b"")
 
 
+def test_what_a_killed_writer_left_is_no_part_of_the_log(tmp_path):
+    touch(tmp_path, "dt=2024-02-10/a.parquet", ".spark-staging-1/dt=2024-02-10/a.parquet",
+          "_temporary/0/task_1/dt=2024-02-10/a.parquet", "dt=2024-02-10/_part.parquet")  # fmt: skip
+    assert list_days(str(tmp_path)) == {
+        dt.date(2024, 2, 10): [f"{tmp_path}/interactions/dt=2024-02-10/a.parquet"]
+    }  # fmt: skip
+    touch(tmp_path, "country=de/dt=2024-02-10/a.parquet")
+    with pytest.raises(UserError, match="country=de/dt=2024-02-10/a.parquet: not directly in a folder inter"):
+        list_days(str(tmp_path))
+
+
 def test_list_days(tmp_path):
     touch(tmp_path, "dt=2024-02-10/b.parquet", "dt=2024-02-09/x.parquet", "dt=2024-02-10/a.parquet")
     touch(tmp_path, "dt=2024-02-11/_SUCCESS", "README")
@@ -66,7 +77,7 @@ def test_list_days(tmp_path):
 @pytest.mark.parametrize("name", ["dt=2024-13-01", "2024-01-01", "day=2024-01-01", "dt=20240101", "other"])
 def test_a_folder_that_is_no_day_is_named(tmp_path, name):
     touch(tmp_path, "dt=2024-01-01/a.parquet", f"{name}/a.parquet")
-    with pytest.raises(UserError, match=f"folder '{name}' is not dt=YYYY-MM-DD"):
+    with pytest.raises(UserError, match=f"{name}/.*: not directly in a folder interactions/dt=YYYY-MM-DD"):
         list_days(str(tmp_path))
 
 

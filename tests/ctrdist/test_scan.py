@@ -88,7 +88,7 @@ def test_each_row_group_and_their_sum_against_pandas(small_log, small_read, tmp_
 
 def test_without_ids_nothing_else_changes(small_log, small_read, tmp_path):
     _, with_ids = scans(small_log, small_read, tmp_path)
-    _, without = scans(small_log, small_read, tmp_path, ids=False)
+    _, without = scans(small_log, small_read, tmp_path, ids="ignored")
     assert all(scan.ids == {} for scan in without) and all(scan.ids for scan in with_ids)
     for a, b in zip(with_ids, without, strict=True):
         assert (a.rows, a.clicks, a.faults, a.strangers) == (b.rows, b.clicks, b.faults, b.strangers)

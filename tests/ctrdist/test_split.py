@@ -81,7 +81,11 @@ def test_the_scan_counts_every_row_once_and_sets_bad_splits_aside(log, tmp_path)
     groups = list_row_groups(data, list_days(data), ("train", "valid", "test"), SCHEMA)
     scan = Scan()
     for group in groups:
-        scan.add(scan_row_group(data, group, SCHEMA, catalog(), tmp_path / "bad", ids=group.part == "train"))
+        scan.add(
+            scan_row_group(
+                data, group, SCHEMA, catalog(), tmp_path / "bad", ids="counted" if group.part == "train" else "ignored"
+            )
+        )
     assert scan.rows == {name: len(found) for name, found in rows.items()}
     assert scan.faults == {"split not train, valid or test": 2}
     users = dict(zip(*(part.tolist() for part in scan.ids["user_id"]), strict=True))

@@ -200,3 +200,9 @@ def test_an_id_may_be_seen_without_a_row():
     vocabulary = vocabulary.grow(np.array([4, 9]), np.array([0, 0]), day=8)
     assert vocabulary.seen.tolist() == [8] and not len(vocabulary.pending)
     assert vocabulary.expire(before=8, day=9).keys.tolist() == [4]
+
+
+def test_an_id_beyond_all_measure_is_refused():
+    assert to_keys(pa.array(["a", "b" * 256])).dtype.itemsize == 256
+    with pytest.raises(UserError, match="column 'query': an id of 2,000 bytes, beginning with 'xxx.*at most 256"):
+        to_keys(pa.array(["a", "x" * 2000]), "query")

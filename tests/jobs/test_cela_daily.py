@@ -200,17 +200,19 @@ def test_ids_expire_and_old_releases_go(second_day, data, options, tmp_path):
     state = State(third.state)
     assert state.names("releases") == [f"releases/{SECOND}", "releases/2024-01-06"]
     assert state.find(f"runs/{FIRST}/dap") and state.names(f"runs/{FIRST}") == [f"runs/{FIRST}/dap"]
-    # The newest training day is the 5th, so who was last seen before the 4th has gone.
+    # Seen on the 5th or later: the second run (the 4th, and the 5th to validate) and the third (the 5th and the 6th).
     users = {
         day: set(pq.read_table(data / "interactions" / f"dt=2024-01-0{day}")["user_id"].to_pylist()) - {None}
-        for day in range(1, 6)
+        for day in range(1, 7)
     }
+    trained = set().union(*(users[day] for day in range(1, 6)))
+    stay = users[4] | users[5] | (users[6] & trained)
     old, new = (load_encoders(state.local(f"runs/{date}/read") / "vocabulary") for date in (SECOND, "2024-01-06"))
-    assert {key.decode() for key in new["user_id"].keys} == users[4] | users[5]
-    assert set().union(*users.values()) - (users[4] | users[5]) and len(new["user_id"].free)
+    assert {key.decode() for key in new["user_id"].keys} == stay
+    assert trained - stay and len(new["user_id"].free) == len(trained - stay)
     assert new["user_id"].size >= old["user_id"].size
-    stay = np.isin(old["user_id"].keys, new["user_id"].keys)
-    np.testing.assert_array_equal(new["user_id"].lookup_keys(old["user_id"].keys[stay]), old["user_id"].rows[stay])
+    both = np.isin(old["user_id"].keys, new["user_id"].keys)
+    np.testing.assert_array_equal(new["user_id"].lookup_keys(old["user_id"].keys[both]), old["user_id"].rows[both])
     assert not len(new["item_id"].free)  # items of items/ are seen every day
 
 

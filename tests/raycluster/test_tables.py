@@ -386,6 +386,102 @@ def test_a_split_of_the_logs_own_is_kept(one_process, tmp_path):
     assert [row["split"] for row in rows] == ["train", "test", None]
 
 
+def test_every_file_has_the_split_if_any_does(one_process, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "BUCKET_BYTES", 40)
+    schema, out = Schema((Field("user_id"),), (Field("item_id"),)), tmp_path / "out"
+    (tmp_path / "items.csv").write_text("item_id\na\n")
+    (tmp_path / "log-0.csv").write_text("user_id,item_id,label,timestamp,split\nu,a,1,1,train\nv,a,0,2,test\n")
+    (tmp_path / "log-1.csv").write_text(
+        "user_id,item_id,label,timestamp\n" + "".join(f"w{n},a,0,3\n" for n in range(9))
+    )
+    arguments = (f"{tmp_path}/items.csv", "", out, TableOptions())
+    tables.prepare(schema, f"{tmp_path}/log-*.csv", *arguments)
+    (tmp_path / "more.csv").write_text("user_id,item_id,label,timestamp\nu,a,1,90000\n")
+    tables.prepare(schema, f"{tmp_path}/more.csv", *arguments, append=True)
+    files = sorted((out / "interactions").rglob("*.parquet"))
+    assert len(files) > 3 and all("split" in pq.read_schema(file).names for file in files)
+    rows = ds.dataset(out / "interactions").to_table()
+    assert Counter(rows["split"].to_pylist()) == {"train": 1, "test": 1, None: 10}
+    without = tmp_path / "without"
+    arguments = (f"{tmp_path}/items.csv", "", without, TableOptions())
+    tables.prepare(schema, f"{tmp_path}/log-1.csv", *arguments)
+    (tmp_path / "more.csv").write_text("user_id,item_id,label,timestamp,split\nu,a,1,90000,train\n")
+    with pytest.raises(UserError, match=f"--append: rows with a 'split' to {without}, which has none"):
+        tables.prepare(
+            schema, f"{tmp_path}/more.csv", f"{tmp_path}/items.csv", "", without, TableOptions(), append=True
+        )
+
+
+def test_a_large_append_makes_more_buckets(one_process, source, tmp_path, monkeypatch):
+    out, more = tmp_path / "out", rows_of(900, 2, 5, first=4)
+    run(source, out)
+    assert ledger.Ledger.load(out).buckets == 1
+    monkeypatch.setattr(tables, "BUCKET_BYTES", 4_000)
+    write_log(source, more, "more")
+    run(source, out, pattern="more-*", append=True)
+    assert ledger.Ledger.load(out).buckets > 5
+    agree(out, rows_of(300, 4, 1) + more)
+    last = rows_of(60, 1, 6, first=6)
+    write_log(source, last, "last")
+    run(source, out, pattern="last-*", append=True)
+    agree(out, rows_of(300, 4, 1) + more + last)
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.tsv"])
+@pytest.mark.parametrize("two", [False, True])
+def test_a_quote_that_is_not_closed_is_refused(one_process, tmp_path, name, two):
+    mark = "\t" if name == "log.tsv" else ","
+    lines = ["user_id,item_id,label,timestamp,query"] + [f"u{n},a,1,{n},word{n}" for n in range(2_000)]
+    lines[7] = 'u6,a,1,6,"heroes'
+    lines[1_500] = 'u1499,a,1,1499,"villains' if two else lines[1_500]
+    (tmp_path / name).write_text("\n".join(lines).replace(",", mark) + "\n")
+    (tmp_path / "items.csv").write_text("item_id\na\n")
+    schema = Schema((Field("user_id"),), (Field("item_id"),), context=(Field("query"),))
+    arguments = (schema, f"{tmp_path}/log.*", f"{tmp_path}/items.csv", "", tmp_path / "out")
+    with pytest.raises(UserError, match=r"log\....: line 8: a value begins with \" that is not closed .* --quote none"):
+        tables.prepare(*arguments, TableOptions())
+    assert tables.prepare(*arguments, TableOptions(quote="none")).rows == 2_000
+    rows = ds.dataset(tmp_path / "out" / "interactions").to_table().to_pylist()
+    assert {row["query"] for row in rows if '"' in row["query"]} == {'"heroes', '"villains'} - (
+        set() if two else {'"villains'}
+    )
+    with pytest.raises(UserError, match="--quote 'ab': expected one character, or none"):
+        tables.prepare(*arguments[:-1], tmp_path / "other", TableOptions(quote="ab"))
+
+
+def test_quotes_that_are_closed_and_quotes_within_values(one_process, tmp_path):
+    schema = Schema((Field("user_id"),), (Field("item_id"),), context=(Field("query"),))
+    log = 'user_id,item_id,label,timestamp,query\nu,a,1,1,"one, ""two""\nlines"\nv,a,1,2,5" screen\nw,a,1,3,"x"\n'
+    rows = small(tmp_path, log, schema=schema, items="item_id\na\n")[1]
+    assert [row["query"] for row in rows] == ['one, "two"\nlines', '5" screen', "x"]
+
+
+def test_a_key_of_json_that_comes_late_is_refused(one_process, tmp_path, monkeypatch):
+    monkeypatch.setattr(table_files, "BLOCK_BYTES", 200)
+    rows = [{"user_id": "u", "item_id": "a", "label": 1, "timestamp": n, "note": "split"} for n in range(50)]
+    (tmp_path / "items.csv").write_text("item_id\na\n")
+    schema, arguments = (
+        Schema((Field("user_id"),), (Field("item_id"),)),
+        (f"{tmp_path}/items.csv", "", tmp_path / "out"),
+    )
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables.prepare(schema, f"{tmp_path}/log.jsonl", *arguments, TableOptions())
+    rows[30]["split"] = "test"
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="log.jsonl: 'split' stands first after line .*; put a line that has it"):
+        tables.prepare(schema, f"{tmp_path}/log.jsonl", *arguments[:-1], tmp_path / "late", TableOptions())
+
+
+@pytest.mark.parametrize("other", [2, "x"])
+def test_an_empty_multi_value_is_none_whatever_stands_beside_it(one_process, tmp_path, other):
+    schema = Schema((Field("user_id"),), (Field("item_id"), Field("tags", "multi")))
+    items = [{"item_id": 1, "tags": ""}, {"item_id": other, "tags": "a|b"}]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "log.csv").write_text("user_id,item_id,label,timestamp\nu,1,1,1\n")
+    tables.prepare(schema, f"{tmp_path}/log.csv", f"{tmp_path}/items.jsonl", "", tmp_path / "out", TableOptions())
+    assert pq.read_table(tmp_path / "out" / "items")["tags"].to_pylist() == [None, ["a", "b"]]
+
+
 def test_names_that_do_not_fit_together(one_process, tmp_path):
     log = "user_id,uid,item_id,label,timestamp,stars\nu,u,a,1,1,5\n"
     with pytest.raises(UserError, match=r"log.csv: columns user_id, uid would all be 'user_id'"):
@@ -479,7 +575,7 @@ def test_a_user_is_in_one_bucket_whoever_else_is_there():
     together = bucket_of(pa.array(users), 16)
     alone = np.concatenate([bucket_of(pa.array([None, user]), 16) for user in users[:50]])
     assert np.array_equal(alone[1::2], together[:50])
-    longer = bucket_of(pa.array([*users, "x" * 300]), 16)
+    longer = bucket_of(pa.array([*users, "x" * 250]), 16)
     assert np.array_equal(longer[:-1], together)
     counts = np.bincount(together, minlength=16)
     assert counts.min() > 240 and counts.max() < 390
@@ -496,6 +592,6 @@ def test_without_ray_it_is_the_same(source, tmp_path):
     for number, path in enumerate(sorted(source.glob("log-*"))):
         partition(str(path), number, SCHEMA, OPTIONS, 3, work, fields)
     for bucket in range(3):
-        finish_bucket(bucket, SCHEMA, OPTIONS, work, None)
+        finish_bucket(bucket, 3, SCHEMA, OPTIONS, work, None, False)
     agree(work, rows_of(300, 4, 1))
     assert not out.exists() and ledger.Ledger.load(out) is None
