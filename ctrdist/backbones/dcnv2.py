@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ctrdist.backbones.base import Backbone, Inputs, Shape, pooled_history
+from ctrdist.backbones.base import Backbone, Inputs, Shape, all_fields
 from ctrdist.backbones.layers import MLP
 
 
@@ -41,7 +41,7 @@ class DCNv2(Backbone):
         self.make_head(self.mlp.width if self.stacked else width + self.mlp.width)
 
     def represent(self, inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        x0 = torch.cat([inputs.fields, pooled_history(inputs)], 1).flatten(1)
+        x0 = all_fields(inputs).flatten(1)
         x = x0
         for layer in self.cross:
             x = x0 * layer(x) + x

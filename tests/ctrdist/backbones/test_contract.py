@@ -31,7 +31,8 @@ def inputs_of(rows: slice | list[int] = slice(None), seed: int = 1) -> Inputs:
     field_vectors = torch.randn(B, F, D, dtype=torch.float64, generator=draws)
     history = torch.randn(B, T, FH, D, dtype=torch.float64, generator=draws)
     mask = torch.arange(T) < torch.tensor([4, 2, 0, 1, 3, 4, 0, 1])[:, None]
-    return Inputs(field_vectors[rows], history[rows], mask[rows], TARGET)
+    first_order = torch.randn(B, F + FH, dtype=torch.float64, generator=draws)
+    return Inputs(field_vectors[rows], history[rows], mask[rows], TARGET, first_order[rows])
 
 
 def logits(model: Backbone, inputs: Inputs) -> Tensor:
@@ -63,11 +64,13 @@ def test_a_gradient_reaches_every_parameter_and_every_input(name: str):
     model, inputs = without_dropout(model_of(name)), inputs_of()
     inputs.fields.requires_grad_()
     inputs.history.requires_grad_()
+    inputs.first_order.requires_grad_()
     representation, direct, auxiliary = model.represent(inputs)
     (model.head(representation) + direct).sin().sum().add(sum(auxiliary.values())).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), key
     assert inputs.fields.grad.any(2).all()
+    assert inputs.first_order.grad.all() if model.first_order else inputs.first_order.grad is None
     assert torch.equal(inputs.history.grad.any(3).any(2), inputs.mask)
 
 
@@ -110,7 +113,7 @@ def test_padding_does_not_count(name: str, mode: str):
 def test_a_world_without_histories(name: str):
     model = model_of(name, shape=Shape(F, 0, D))
     inputs = inputs_of()
-    inputs = Inputs(inputs.fields, inputs.history[:, :0, :0], inputs.mask[:, :0], ())
+    inputs = Inputs(inputs.fields, inputs.history[:, :0, :0], inputs.mask[:, :0], (), inputs.first_order[:, :F])
     out = logits(model, inputs)
     out.sum().backward()
     assert out.shape == (B,) and out.isfinite().all()
@@ -134,14 +137,16 @@ def test_learns_a_pair_that_no_single_value_tells(name: str, where: str):
     label = ((left + right) % 2).float()
     torch.manual_seed(0)
     vectors = nn.Embedding(12, 8)
+    weights = nn.Embedding(12, 1)
     model = without_dropout(model_of(name, shape=Shape(2, 1, 8))).float()
-    optimizer = torch.optim.Adam([*vectors.parameters(), *model.parameters()], lr=1e-2)
+    optimizer = torch.optim.Adam([*vectors.parameters(), *weights.parameters(), *model.parameters()], lr=1e-2)
     mask = torch.full((512, 1), where == "history")
 
     def score() -> Tensor:
         one, two = vectors(left), vectors(right + 6)
         other = two if where == "fields" else torch.ones_like(two)
-        return logits(model, Inputs(torch.stack([other, one], 1), two[:, None, None], mask, (1,)))
+        first_order = torch.cat([weights(right + 6), weights(left), weights(right + 6) * mask], 1)
+        return logits(model, Inputs(torch.stack([other, one], 1), two[:, None, None], mask, (1,), first_order))
 
     for _ in range(60):
         optimizer.zero_grad()
