@@ -19,8 +19,20 @@ TARGET = (3, 4)
 SPLITS = [[5, 3], [8, 0], [0, 8], [1, 7]]
 
 
+# Every network, and those of its options that make another network of it, written behind its name.
+NETWORKS = [
+    *NAMES,
+    *("dcnv2 cross=vector", "dcnv2 cross=mixture", "dcnv2 cross=mixture gate=sigmoid structure=stacked"),
+    *("pnn product=outer", "pnn product=both"),
+]
+ANY_ORDER = ["fm"]  # where the order of the fields makes no difference
+NOTHING_DRAWN = ["fm"]  # without weights of its own, but for a bias
+
+
 def model_of(name: str, seed: int = 0, shape: Shape = Shape(F, FH, D), **options: Any) -> Backbone:  # noqa: B008
+    name, *choices = name.split()
     config = getattr(BackboneConfigs(), name)
+    options |= dict(choice.split("=") for choice in choices)
     options = {key: value for key, value in options.items() if key in {field.name for field in fields(config)}}
     torch.manual_seed(seed)
     return backbones.build(name, shape, replace(BackboneConfigs(), **{name: replace(config, **options)})).double()
@@ -47,7 +59,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("rows", [B, 1, 0])
 def test_shapes(name: str, rows: int):
     model = model_of(name)
@@ -59,7 +71,7 @@ def test_shapes(name: str, rows: int):
         assert representation.isfinite().all() and direct.isfinite().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_gradient_reaches_every_parameter_and_every_input(name: str):
     model, inputs = without_dropout(model_of(name)), inputs_of()
     inputs.fields.requires_grad_()
@@ -74,7 +86,7 @@ def test_a_gradient_reaches_every_parameter_and_every_input(name: str):
     assert torch.equal(inputs.history.grad.any(3).any(2), inputs.mask)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_an_empty_batch_gives_zero_gradients_to_all(name: str):
     # A worker whose share is empty must take part in the exchange of gradients.
     model = model_of(name)
@@ -83,7 +95,7 @@ def test_an_empty_batch_gives_zero_gradients_to_all(name: str):
         assert parameter.grad is not None and not parameter.grad.any(), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_rows_do_not_see_each_other(name: str):
     model, order = model_of(name).eval(), [3, 0, 7, 5, 1, 2, 6, 4]
     everything = logits(model, inputs_of())
@@ -92,7 +104,7 @@ def test_rows_do_not_see_each_other(name: str):
     assert len(everything.unique()) == B
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_padding_does_not_count(name: str, mode: str):
     model = without_dropout(model_of(name)).train(mode == "train")
@@ -109,7 +121,7 @@ def test_padding_does_not_count(name: str, mode: str):
     assert torch.equal(logits(model.eval(), changed) != logits(model, plain), plain.mask.any(1))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_world_without_histories(name: str):
     model = model_of(name, shape=Shape(F, 0, D))
     inputs = inputs_of()
@@ -119,16 +131,27 @@ def test_a_world_without_histories(name: str):
     assert out.shape == (B,) and out.isfinite().all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_order_of_the_fields_counts_but_where_it_must_not(name: str):
+    model, plain, moved = model_of(name).eval(), inputs_of(), inputs_of()
+    order = [4, 2, 0, 3, 1]
+    moved.fields = plain.fields[:, order]
+    moved.first_order = plain.first_order[:, [*order, *range(F, F + FH)]]
+    moved.target = tuple(order.index(field) for field in TARGET)
+    difference = (logits(model, moved) - logits(model, plain)).abs()
+    assert (difference < 1e-12).all() if name in ANY_ORDER else (difference > 1e-9).all()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_weights_follow_the_seed(name: str):
     first, again, other = (model_of(name, seed).state_dict() for seed in (0, 0, 1))
     assert first.keys() == again.keys()
     for key, value in first.items():
         assert torch.equal(value, again[key]) and value.isfinite().all(), key
-    assert any(not torch.equal(value, other[key]) for key, value in first.items())
+    assert any(not torch.equal(value, other[key]) for key, value in first.items()) or name in NOTHING_DRAWN
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("where", ["fields", "history"])
 def test_learns_a_pair_that_no_single_value_tells(name: str, where: str):
     # The click is the parity of one field's value plus another's, or plus a behaviour's.
@@ -178,9 +201,9 @@ def steps(group: Group, names: list[str], options: list[dict[str, Any]], splits:
 
 def test_two_workers_have_the_batch_statistics_of_one(two_workers):
     options = [{}, {"batch_norm": True}, {"activation": "relu", "batch_norm": True, "softmax": True}]
-    found = zip(*two_workers(steps, NAMES, options, SPLITS), strict=True)
+    found = zip(*two_workers(steps, NETWORKS, options, SPLITS), strict=True)
     checked = 0
-    for name in NAMES:
+    for name in NETWORKS:
         for option in options:
             alone = step_of(Group(), name, option, [])
             for split in SPLITS:
@@ -206,8 +229,8 @@ def test_two_workers_have_the_batch_statistics_of_one(two_workers):
 def test_the_registry():
     assert {"din", "dcnv2"} <= set(NAMES) and not {"base", "layers"} & set(NAMES)
     assert [field.name for field in fields(BackboneConfigs)] == list(NAMES)
-    with pytest.raises(UserError, match="--ctr.backbone dinn: no such backbone; did you mean 'din'"):
-        backbones.build("dinn", Shape(F, FH, D))
+    with pytest.raises(UserError, match="--ctr.backbone dcnv3: no such backbone; did you mean 'dcnv2'"):
+        backbones.build("dcnv3", Shape(F, FH, D))
 
 
 def test_configurations_pickle_by_name():
