@@ -24,6 +24,8 @@ NETWORKS = [
     *NAMES,
     *("dcnv2 cross=vector", "dcnv2 cross=mixture", "dcnv2 cross=mixture gate=sigmoid structure=stacked"),
     *("pnn product=outer", "pnn product=both"),
+    *("fibinet bilinear=all", "fibinet bilinear=each", "dien evolution=agru", "dien evolution=aigru"),
+    *("autoint deep=yes", "fgcnn separate=yes"),
 ]
 ANY_ORDER = ["fm"]  # where the order of the fields makes no difference
 NOTHING_DRAWN = ["fm"]  # without weights of its own, but for a bias
@@ -132,6 +134,26 @@ def test_a_world_without_histories(name: str):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+def test_histories_of_no_steps_are_empty_ones(name: str):
+    model, inputs = without_dropout(model_of(name)), inputs_of()
+    expected = logits(model, replace(inputs, mask=torch.zeros_like(inputs.mask)))
+    out = logits(model, replace(inputs, history=inputs.history[:, :0], mask=inputs.mask[:, :0]))
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-14)
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_world_of_one_field(name: str):
+    model, fields = model_of(name, shape=Shape(1, 0, D)), inputs_of().fields[:, :1]
+    first_order = fields.new_ones(B, 1)
+    out = logits(model, Inputs(fields, fields.new_zeros(B, 0, 0, D), torch.zeros(B, 0).bool(), (), first_order))
+    out.sum().backward()
+    assert out.shape == (B,) and out.isfinite().all()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_order_of_the_fields_counts_but_where_it_must_not(name: str):
     model, plain, moved = model_of(name).eval(), inputs_of(), inputs_of()
     order = [4, 2, 0, 3, 1]
@@ -183,16 +205,21 @@ def test_learns_a_pair_that_no_single_value_tells(name: str, where: str):
 
 
 def step_of(group: Group, name: str, options: dict[str, Any], split: list[int]) -> dict[str, Tensor]:
-    """Outputs, gradients and buffers after one training step's forward and backward pass on a share of the rows."""
+    """Outputs, loss, gradients and buffers after a training step's forward and backward pass on a share of the rows."""
     rows = slice(sum(split[: group.rank]), sum(split[: group.rank + 1])) if group.size > 1 else slice(None)
     model = without_dropout(model_of(name, **options))
     attach_group(model, group)
     inputs = inputs_of(rows)
     inputs.fields.requires_grad_()
-    out = logits(model, inputs)
-    binary_cross_entropy(out, torch.arange(B)[rows] % 2, group).backward()
+    inputs.history.requires_grad_()
+    representation, direct, auxiliary = model.represent(inputs)
+    out = model.head(representation) + direct
+    loss = binary_cross_entropy(out, torch.arange(B)[rows] % 2, group) + sum(auxiliary.values())
+    loss.backward()
+    seen = {"out": out.detach(), "loss": loss.detach()}
+    seen |= {"inputs.fields": inputs.fields.grad, "inputs.history": inputs.history.grad}
     gradients = {f"gradient.{key}": parameter.grad for key, parameter in model.named_parameters()}
-    return {"out": out.detach(), "inputs": inputs.fields.grad} | gradients | dict(model.named_buffers())
+    return seen | gradients | dict(model.named_buffers())
 
 
 def steps(group: Group, names: list[str], options: list[dict[str, Any]], splits: list[list[int]]) -> list[dict]:
@@ -212,7 +239,7 @@ def test_two_workers_have_the_batch_statistics_of_one(two_workers):
                 for key, value in alone.items():
                     if key == "out":
                         other = torch.cat([first[key], second[key]])
-                    elif key == "inputs":
+                    elif key.startswith("inputs."):
                         other = torch.cat([first[key], second[key]]) / 2
                     elif key.startswith("gradient."):
                         other = (first[key] + second[key]) / 2
@@ -227,7 +254,8 @@ def test_two_workers_have_the_batch_statistics_of_one(two_workers):
 
 
 def test_the_registry():
-    assert {"din", "dcnv2"} <= set(NAMES) and not {"base", "layers"} & set(NAMES)
+    published = "fm dnn widedeep deepfm xdeepfm pnn dcn dcnv2 autoint fibinet fignn fgcnn din dien"
+    assert set(published.split()) <= set(NAMES) and not {"base", "layers"} & set(NAMES)
     assert [field.name for field in fields(BackboneConfigs)] == list(NAMES)
     with pytest.raises(UserError, match="--ctr.backbone dcnv3: no such backbone; did you mean 'dcnv2'"):
         backbones.build("dcnv3", Shape(F, FH, D))
