@@ -16,15 +16,15 @@ ALONE = Group()
 SIMILARITIES = ("dot", "cosine")
 
 
-def global_mean(total: Tensor, count: int, group: Group = ALONE) -> Tensor:
+def global_mean(total: Tensor, count: int | Tensor, group: Group = ALONE) -> Tensor:
     """A sum over this worker's rows -> the mean over all workers' rows, 0 where there are none.
 
     Args:
         total: scalar, the sum over this worker's rows.
-        count: the number of this worker's rows.
+        count: the number of this worker's rows; a scalar tensor if only the device knows it.
         group: the workers.
     """
-    both = group.all_reduce(torch.stack([total, total.new_tensor(float(count))]))
+    both = group.all_reduce(torch.stack([total, torch.as_tensor(count).to(total)]))
     return both[0] / both[1].clamp(min=1)
 
 

@@ -32,15 +32,24 @@ def check(name: str) -> None:
         raise UserError(f"--ctr.backbone {name}: no such backbone; {nearest(name, NAMES)}")
 
 
+def network(name: str) -> type[Backbone]:
+    """The class of the backbone `name`.
+
+    Raises:
+        UserError: there is no such backbone.
+    """
+    check(name)
+    return importlib.import_module(f"{__name__}.{name}").Network
+
+
 def build(name: str, shape: Shape, configs: Any = None) -> Backbone:
     """The backbone `name` with its part of `configs` (a BackboneConfigs; the papers' values if None).
 
     Raises:
         UserError: there is no such backbone.
     """
-    check(name)
-    configs = BackboneConfigs() if configs is None else configs
-    return importlib.import_module(f"{__name__}.{name}").Network(shape, getattr(configs, name))
+    made = network(name)
+    return made(shape, getattr(BackboneConfigs() if configs is None else configs, name))
 
 
-__all__ = ["NAMES", "Backbone", "BackboneConfigs", "Inputs", "Shape", "build", "check"]
+__all__ = ["NAMES", "Backbone", "BackboneConfigs", "Inputs", "Shape", "build", "check", "network"]

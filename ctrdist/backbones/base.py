@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -14,12 +15,15 @@ class Inputs:
         history: [B, T, F_h, d]; the item side of each behaviour, oldest first.
         mask: bool [B, T]; false at padding.
         target: for each of the F_h history fields, the index of the target item's field that it corresponds to.
+        first_order: [B, F + F_h], for a backbone that asks for them: each field's own weight (times its value, if it is
+            a number; a bag's mean), then the mean over the behaviours of each history field's.
     """
 
     fields: Tensor
     history: Tensor
     mask: Tensor
     target: tuple[int, ...]
+    first_order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,12 @@ class Backbone(nn.Module):
     """A published network between embeddings and logit: logit = head(representation) + direct.
 
     A subclass sets `width` (H), takes `(shape: Shape, config: Config)` and implements `represent`. One file each; its
-    `Config` holds the hyper-parameters, with the paper's values as defaults.
+    `Config` holds the hyper-parameters, with the paper's values as defaults. A subclass whose paper has a linear part
+    over single features sets `first_order`, and gets their weights as `Inputs.first_order`.
     """
 
     width: int
+    first_order = False
 
     def represent(self, inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(representation [B, H], direct [B], auxiliary losses by name, each a global mean; empty for most)."""
@@ -58,6 +64,11 @@ class Backbone(nn.Module):
         """Set the representation's width and a linear head on it."""
         self.width = width
         self.output = nn.Linear(width, 1)
+
+
+def all_fields(inputs: Inputs) -> Tensor:
+    """The fields, then the pooled history as more fields, [B, F + F_h, d]: for networks without sequences."""
+    return torch.cat([inputs.fields, pooled_history(inputs)], 1)
 
 
 def pooled_history(inputs: Inputs) -> Tensor:

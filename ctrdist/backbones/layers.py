@@ -89,3 +89,49 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention: each field gathers from all, [B, F, width] -> [B, F, heads * units].
+
+        a_mk = softmax over k of <W_query e_m, W_key e_k>,  out_m = sum over k of a_mk W_value e_k
+
+    AutoInt, eq. 5 to 7; a head's products are divided by sqrt(units) if `scaled`.
+    """
+
+    def __init__(self, width: int, heads: int, units: int, scaled: bool = False) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, units**-0.5 if scaled else 1.0
+        self.query, self.key, self.value = (nn.Linear(width, heads * units, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            project(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for project in (self.query, self.key, self.value)
+        )
+        weights = torch.softmax(query @ key.transpose(2, 3) * self.scale, 3)
+        return (weights @ value).transpose(1, 2).flatten(2)
+
+
+class GRU(nn.Module):
+    """A gated recurrent unit, step by step: the inputs of all steps are projected at once, then come `step`s.
+
+        u = sigmoid(W_u x + U_u h + b_u),  r = sigmoid(W_r x + U_r h + b_r)
+        c = tanh(W_c x + r * (U_c h) + b_c),  h <- (1 - s u) * h + s u * c
+
+    DIEN, eq. 2 to 5, for a strength s of 1. At a strength of 0 the state stays. Without `update_gate` u is 1.
+    """
+
+    def __init__(self, inputs: int, width: int, update_gate: bool = True) -> None:
+        super().__init__()
+        self.width, gates = width, 3 if update_gate else 2
+        self.project = nn.Linear(inputs, gates * width)
+        self.recur = nn.Linear(width, gates * width, bias=False)
+
+    def step(self, projected: Tensor, state: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        """The next state [..., width] from `project`ed inputs and a state; `strength` is [..., 1] or a number."""
+        x_candidate, x_reset, *x_update = projected.split(self.width, -1)
+        h_candidate, h_reset, *h_update = self.recur(state).split(self.width, -1)
+        candidate = torch.tanh(x_candidate + torch.sigmoid(x_reset + h_reset) * h_candidate)
+        if x_update:
+            strength = strength * torch.sigmoid(x_update[0] + h_update[0])
+        return state + strength * (candidate - state)

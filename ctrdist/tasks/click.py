@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ctrdist import backbones
 from ctrdist.backbones import BackboneConfigs, Inputs, Shape
+from ctrdist.backbones.base import all_fields
 from ctrdist.batch import Batch, Lookup
 from ctrdist.embedding import EmbeddingTable, Tables
 from ctrdist.errors import UserError
@@ -132,12 +133,14 @@ class ClickModel(Task):
         self.config, self.text_dim, self.fuse = config, text_dim, (fuse or FuseConfig()) if text_dim else None
         self.row_names = [f.name for f in schema.row_fields]
         self.item_names = [f.name for f in schema.item]
+        # A field's weight of the first order, for backbones that have them, is one more column of its table.
+        self.columns = config.dim + backbones.network(config.backbone).first_order
         optimizer = RowAdam(lr=config.table_lr, weight_decay=config.table_decay)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.tables = Tables(
                 {
-                    name: EmbeddingTable(sizes[name], config.dim, optimizer, seed=seed * 100 + position)
+                    name: EmbeddingTable(sizes[name], self.columns, optimizer, seed=seed * 100 + position)
                     for position, name in enumerate(self.row_names + self.item_names)
                 }
             )
@@ -145,6 +148,8 @@ class ClickModel(Task):
             fields = len(self.row_names) + len(self.item_names) + (text_dim > 0)
             self.backbone = backbones.build(config.backbone, Shape(fields, history_fields, config.dim), config.networks)
             self.text_field = TextField(text_dim, config.dim, self.fuse) if self.fuse else None
+            if self.fuse and self.columns > config.dim:
+                self.text_weight = nn.Linear(config.dim, 1, bias=False)
         self.target = tuple(range(len(self.row_names), fields)) if schema.history_length else ()
 
     def inputs(self, batch: Batch) -> Inputs:
@@ -152,11 +157,19 @@ class ClickModel(Task):
         rows = [self.tables[name](batch.row_fields[name]) for name in self.row_names]
         items = torch.stack([self.item_vectors(name, batch.item_fields[name]) for name in self.item_names], 1)
         if self.text_field is not None:
-            items = torch.cat([items, self.text_field(batch.text.to(items.dtype)).unsqueeze(1)], 1)
+            text = self.text_field(batch.text.to(items.dtype))
+            if self.columns > self.config.dim:
+                text = torch.cat([text, self.text_weight(text)], 1)
+            items = torch.cat([items, text.unsqueeze(1)], 1)
         target = items[batch.target]
         fields = torch.cat([torch.stack(rows, 1), target], 1) if rows else target
         mask = batch.items[batch.history] != 0
-        return Inputs(fields, items[batch.history][:, :, : len(self.target)], mask, self.target)
+        inputs = Inputs(fields, items[batch.history][:, :, : len(self.target)], mask, self.target)
+        if self.columns > self.config.dim:
+            first_order = all_fields(inputs)[:, :, -1]
+            fields, history = fields[:, :, :-1], inputs.history[..., :-1]
+            inputs = Inputs(fields, history, mask, self.target, first_order)
+        return inputs
 
     def item_vectors(self, name: str, lookup: Lookup) -> Tensor:
         """An item field of U items [U, d]; in training, some items' ids are unknown."""
@@ -198,7 +211,8 @@ class ClickModel(Task):
     @torch.no_grad()
     def item_embeddings(self, item_fields: dict[str, Lookup]) -> Tensor:
         """The item side of U items, text left out, joined: [U, F_item * d] (CELA, eq. 8)."""
-        return torch.cat([self.tables[name](item_fields[name]) for name in self.item_names], 1)
+        vectors = [self.tables[name](item_fields[name])[:, : self.config.dim] for name in self.item_names]
+        return torch.cat(vectors, 1)
 
 
 def table_sizes(vocabularies: dict[str, Any], schema: Schema) -> dict[str, int]:

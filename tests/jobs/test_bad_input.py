@@ -64,7 +64,7 @@ def test_no_data_option(capsys, tiny_lm):
         (["--date", "2024-01-04"], ["no rows after it to test on"]),
         (["--date", "2024-01-01", "--train-days", "3"], ["no rows from", "until the validation days"]),
         (["--train-days", "1"], ["--valid-days 1 leaves nothing of --train-days 1"]),
-        (["--ctr.backbone", "dinn"], ["--ctr.backbone dinn: no such backbone; did you mean 'din'?"]),
+        (["--ctr.backbone", "dcnv3"], ["--ctr.backbone dcnv3: no such backbone; did you mean 'dcnv2'?"]),
         (["--rounds", "0"], ["--rounds 0: at least 1"]),
         (["--lm.name", "/no/such/model"], ["/no/such/model", "no such folder"]),
     ],
