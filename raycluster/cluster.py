@@ -66,10 +66,12 @@ def connect(object_store_bytes: int | None = None) -> None:
 
 
 def spilled_bytes() -> int:
-    """What this node has moved from Ray's object store to disk so far, for want of memory."""
+    """What all nodes have moved from Ray's object store to disk so far, for want of memory."""
+    import ray
     from ray._private.internal_api import node_stats
 
-    return node_stats().store_stats.spilled_bytes_total
+    nodes = [(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes() if node["Alive"]]
+    return sum(node_stats(*node).store_stats.spilled_bytes_total for node in nodes)
 
 
 def make_plan(workers: int = 0, batch_sizes: dict[str, int] | None = None) -> Plan:
