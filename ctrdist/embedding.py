@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from ctrdist.batch import Lookup
 from ctrdist.group import Group
+from ctrdist.initial import initial_rows
 from ctrdist.optim import RowAdam
 from ctrdist.vocabulary import PADDING
+
+CHUNK = 65_536
+"""Rows that are drawn at a time."""
 
 
 class EmbeddingTable(nn.Module):
@@ -25,13 +29,13 @@ class EmbeddingTable(nn.Module):
         dim: width.
         optimizer: what updates the rows that a batch touched.
         std: standard deviation of new rows, drawn from a normal distribution.
-        seed: decides the draws.
+        seed: decides the draws, which depend on it and on the row's number alone (`ctrdist.initial`).
     """
 
     def __init__(self, rows: int, dim: int, optimizer: RowAdam, std: float = 0.01, seed: int = 0) -> None:
         super().__init__()
         self.dim, self.optimizer, self.std, self.seed = dim, optimizer, std, seed
-        self.register_buffer("weight", torch.zeros(1, dim))
+        self.register_buffer("weight", torch.empty(0, dim))
         for name, state in optimizer.init_state(self.weight).items():
             self.register_buffer(name, state)
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -48,22 +52,23 @@ class EmbeddingTable(nn.Module):
         first = self.rows
         if rows <= first:
             return
-        new = self._draw(rows - first, first)
-        self.weight = torch.cat([self.weight, new])
-        for name, state in self.optimizer.init_state(new).items():
+        weight = self.weight.new_empty(rows, self.dim)
+        weight[:first] = self.weight
+        self.weight = weight
+        for start in range(first, rows, CHUNK):
+            self._draw(torch.arange(start, min(start + CHUNK, rows)))
+        for name, state in self.optimizer.init_state(weight[first:]).items():
             setattr(self, name, torch.cat([getattr(self, name), state]))
 
     def renew(self, rows: Tensor) -> None:
-        """Make `rows`, int64, like new ones: drawn, and with no state of the optimizer."""
-        if len(rows):
-            new = self._draw(len(rows), int(rows.min()))
-            self.weight[rows] = new
-            for name, state in self.optimizer.init_state(new).items():
-                getattr(self, name)[rows] = state
+        """Make `rows`, int64, like new ones: drawn, but not as at first, and with no state of the optimizer."""
+        self._draw(rows, salt=1)
+        for name, state in self.optimizer.init_state(self.weight[rows]).items():
+            getattr(self, name)[rows] = state
 
-    def _draw(self, rows: int, first: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
-        return torch.randn(rows, self.dim, generator=generator).to(self.weight) * self.std
+    def _draw(self, rows: Tensor, salt: int = 0) -> None:
+        drawn = initial_rows(rows.numpy(), self.dim, self.seed, salt)
+        self.weight[rows] = torch.from_numpy(drawn).to(self.weight) * self.std
 
     def forward(self, lookup: Lookup) -> Tensor:
         """Vectors of each value [n, dim], times its factor if there is one, or the mean of each bag [m, dim] (zeros for

@@ -204,6 +204,14 @@ def test_weights_follow_the_seed():
     assert first[1:].std().item() == pytest.approx(0.5, rel=0.05) and abs(first[1:].mean().item()) < 0.02
 
 
+def test_a_table_that_grew_has_the_rows_of_one_made_at_once():
+    whole = EmbeddingTable(70_000, 2, RowAdam(), seed=3).weight
+    table = EmbeddingTable(5, 2, RowAdam(), seed=3)
+    for rows in (6, 1023, 1024, 1025, 3000, 70_000):
+        table.grow(rows)
+        assert torch.equal(table.weight, whole[:rows]) and len(table.steps) == rows
+
+
 class Allocations(TorchDispatchMode):
     """Notes the size of every tensor that an operation makes (in-place results are no new tensors)."""
 
@@ -248,6 +256,8 @@ def test_renewed_rows_are_like_new_and_others_stay():
     drawn = table.weight[[4, 6]]
     assert not torch.isin(drawn, before["weight"]).any() and drawn.abs().max() < 6 * table.std
     table.renew(torch.empty(0, dtype=torch.int64))
+    table.renew(torch.tensor([0]))
+    assert not table.weight[0].any()
 
 
 def test_tables_of_finds_all_and_ddp_would_see_none():
