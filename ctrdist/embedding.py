@@ -5,6 +5,7 @@ gradients; the row-wise optimizer updates those rows only. Between workers, rows
 never the table, and every worker applies the same update to its replica.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from ctrdist.batch import Lookup
 from ctrdist.group import Group
 from ctrdist.initial import initial_rows
-from ctrdist.optim import RowAdam
+from ctrdist.optim import RowOptimizer
 from ctrdist.vocabulary import PADDING
 
 CHUNK = 65_536
-"""Rows that are drawn at a time."""
+"""Rows that are drawn, or settled, at a time."""
 
 
 class EmbeddingTable(nn.Module):
@@ -32,12 +33,18 @@ class EmbeddingTable(nn.Module):
         seed: decides the draws, which depend on it and on the row's number alone (`ctrdist.initial`).
     """
 
-    def __init__(self, rows: int, dim: int, optimizer: RowAdam, std: float = 0.01, seed: int = 0) -> None:
+    def __init__(self, rows: int, dim: int, optimizer: RowOptimizer, std: float = 0.01, seed: int = 0) -> None:
         super().__init__()
         self.dim, self.optimizer, self.std, self.seed = dim, optimizer, std, seed
         self.register_buffer("weight", torch.empty(0, dim))
         for name, state in optimizer.init_state(self.weight).items():
             self.register_buffer(name, state)
+        self.state_names = optimizer.state_names
+        if optimizer.decoupled:
+            # Logarithms of the decay of all steps so far, and of what each row has had of it.
+            self.register_buffer("decay", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("decayed", torch.empty(0))
+            self.state_names += ("decay", "decayed")
         self._pending: list[tuple[Tensor, Tensor]] = []
         self.rows_touched = 0
         self.grow(rows)
@@ -52,28 +59,58 @@ class EmbeddingTable(nn.Module):
         first = self.rows
         if rows <= first:
             return
-        weight = self.weight.new_empty(rows, self.dim)
-        weight[:first] = self.weight
-        self.weight = weight
+        self.settle()
+        for name, value in self._row_buffers().items():
+            grown = value.new_zeros(rows, *value.shape[1:])
+            grown[:first] = value
+            setattr(self, name, grown)
         for start in range(first, rows, CHUNK):
-            self._draw(torch.arange(start, min(start + CHUNK, rows)))
-        for name, state in self.optimizer.init_state(weight[first:]).items():
-            setattr(self, name, torch.cat([getattr(self, name), state]))
+            self._begin(torch.arange(start, min(start + CHUNK, rows)))
 
     def renew(self, rows: Tensor) -> None:
         """Make `rows`, int64, like new ones: drawn, but not as at first, and with no state of the optimizer."""
-        self._draw(rows, salt=1)
-        for name, state in self.optimizer.init_state(self.weight[rows]).items():
-            getattr(self, name)[rows] = state
+        self.settle()
+        self._begin(rows, salt=1)
 
-    def _draw(self, rows: Tensor, salt: int = 0) -> None:
-        drawn = initial_rows(rows.numpy(), self.dim, self.seed, salt)
-        self.weight[rows] = torch.from_numpy(drawn).to(self.weight) * self.std
+    def _begin(self, rows: Tensor, salt: int = 0) -> None:
+        """Draw `rows` and give them a new row's state; the table is settled."""
+        drawn = torch.from_numpy(initial_rows(rows.numpy(), self.dim, self.seed, salt)).to(self.weight) * self.std
+        self.weight[rows] = drawn
+        for name, state in self.optimizer.init_state(drawn).items():
+            getattr(self, name)[rows] = state
+        if self.optimizer.decoupled:
+            self.decayed[rows] = 0
+
+    def _row_buffers(self) -> dict[str, Tensor]:
+        """What the table holds for each row, by name."""
+        return {name: value for name, value in self.named_buffers() if value.ndim}
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Values of `rows` [n, dim], with the decay that they have missed."""
+        values = self.weight[rows]
+        return values * self._missed(rows) if self.optimizer.decoupled else values
+
+    def _missed(self, rows: Tensor | slice) -> Tensor:
+        # As rounded in `decayed`: then the factors of a row's reads multiply to that of its whole time.
+        return (self.decay.to(self.decayed.dtype) - self.decayed[rows]).exp_().unsqueeze(1)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give every row the decay that it has missed: before the weights are evaluated, exported or copied.
+
+        Unlike a step, this costs time in proportion to the table; nothing, if its rows miss none.
+        """
+        if self.optimizer.decoupled and self.decay:
+            for start in range(0, len(self.weight), CHUNK):
+                rows = slice(start, start + CHUNK)
+                self.weight[rows] *= self._missed(rows)
+            self.decayed.zero_()
+            self.decay.zero_()
 
     def forward(self, lookup: Lookup) -> Tensor:
         """Vectors of each value [n, dim], times its factor if there is one, or the mean of each bag [m, dim] (zeros for
         an empty one)."""
-        rows = self.weight[lookup.rows]
+        rows = self.read(lookup.rows)
         if torch.is_grad_enabled():
             rows.requires_grad_()
             self._pending.append((lookup.rows, rows))
@@ -102,8 +139,20 @@ class EmbeddingTable(nn.Module):
         keep = ids != PADDING
         ids, gradients = ids[keep], gradients[keep]
         self.rows_touched = len(ids)
-        state = {name: getattr(self, name) for name in self.optimizer.state_names}
-        self.optimizer.update(self.weight, state, ids, gradients, lr_scale)
+        self._update(ids, gradients, lr_scale)
+
+    def _update(self, rows: Tensor, gradients: Tensor, lr_scale: float) -> None:
+        """One step of the optimizer on distinct `rows` with `gradients` [R, dim], and of the decay on all."""
+        if self.optimizer.decoupled:
+            self.decay += math.log(self.optimizer.shrink(lr_scale))
+            values = self.read(rows)
+            self.decayed[rows] = self.decay.to(self.decayed.dtype)
+        else:
+            values = self.read(rows)
+        state = {name: getattr(self, name)[rows] for name in self.optimizer.state_names}
+        self.weight[rows] = self.optimizer.step(values, gradients, state, lr_scale)
+        for name, value in state.items():
+            getattr(self, name)[rows] = value
 
 
 class Tables(nn.Module):

@@ -27,6 +27,8 @@ def save_click_model(model: ClickModel, folder: Path, optimizer_state: bool = Tr
     Args:
         optimizer_state: with the state of the tables' optimizer, so that training can go on another day.
     """
+    for table in model.tables.values():
+        table.settle()
     names = _optimizer_state(model)
     state = {
         name: value.contiguous() for name, value in model.state_dict().items() if optimizer_state or name not in names
@@ -66,7 +68,11 @@ def load_click_model(
             )
     fuse = fuse or saved_fuse
     model = ClickModel(schema, description["sizes"], config or saved, description["text_dim"], fuse, seed)
-    missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+    state = load_file(folder / WEIGHTS)
+    if model.config.table_optimizer != saved.table_optimizer:  # what the two have in common is taken over
+        own = model.state_dict().keys()
+        state = {name: value for name, value in state.items() if name in own or not name.startswith("tables.")}
+    missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= _optimizer_state(model), (folder, missing, unexpected)
     return model.eval()
 
@@ -75,7 +81,7 @@ def _optimizer_state(model: ClickModel) -> set[str]:
     return {
         f"tables.{model.tables.key(name)}.{state}"
         for name, table in model.tables.items()
-        for state in table.optimizer.state_names
+        for state in table.state_names
     }
 
 

@@ -158,6 +158,8 @@ def fit(
             saved_at = time.monotonic()
     if best is not None:
         task.load_state_dict(best)
+    for table in tables:
+        table.settle()
     task.eval()
     return progress
 
@@ -210,6 +212,8 @@ def validate(
 ) -> dict[str, Tensor] | None:
     """Score the validation rows of all workers and note the AUC; with patience, keep a copy of the best weights."""
     task.eval()
+    for table in tables_of(task):
+        table.settle()
     metrics = StreamingMetrics()
     for batch in prefetch(valid()):
         if len(batch):

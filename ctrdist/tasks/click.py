@@ -15,7 +15,7 @@ from ctrdist.embedding import EmbeddingTable, Tables
 from ctrdist.errors import UserError
 from ctrdist.group import Group
 from ctrdist.losses import binary_cross_entropy
-from ctrdist.optim import Precision, RowAdam, Schedule, split_decay
+from ctrdist.optim import ROW_OPTIMIZERS, Precision, Schedule, split_decay
 from ctrdist.schema import ITEM_ID, Schema
 from ctrdist.tasks import Task
 from ctrdist.vocabulary import UNKNOWN
@@ -39,7 +39,8 @@ class ClickConfig:
         lr: learning rate of the network.
         weight_decay: AdamW's, on the network's matrices.
         table_lr: learning rate of the embedding tables.
-        table_decay: L2 coefficient on the rows a batch touches.
+        table_decay: L2 coefficient on the rows a batch touches; for `adamw`, decay of every row at every step.
+        table_optimizer: `adam`, `adamw`, row-wise `adagrad` (one number a row), or `sgd` (none).
         schedule: course of both learning rates over all epochs.
         warmup: share of the steps over which they rise.
         unknown_share: share of a batch's items whose id is taken for unknown in training, so that the unknown row, and
@@ -59,6 +60,7 @@ class ClickConfig:
     weight_decay: float = 1e-2
     table_lr: float = 1e-3
     table_decay: float = 1e-2
+    table_optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
     schedule: Schedule = "linear"
     warmup: float = 0.0
     unknown_share: float = 0.1
@@ -135,7 +137,7 @@ class ClickModel(Task):
         self.item_names = [f.name for f in schema.item]
         # A field's weight of the first order, for backbones that have them, is one more column of its table.
         self.columns = config.dim + backbones.network(config.backbone).first_order
-        optimizer = RowAdam(lr=config.table_lr, weight_decay=config.table_decay)
+        optimizer = ROW_OPTIMIZERS[config.table_optimizer](lr=config.table_lr, weight_decay=config.table_decay)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.tables = Tables(
