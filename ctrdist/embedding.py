@@ -2,18 +2,20 @@
 
 A step fetches the distinct rows that its batch touches as a small dense leaf, computes on them, and pushes back their
 gradients; the row-wise optimizer updates those rows only. Between workers, rows and their gradients are exchanged,
-never the table, and every worker applies the same update to its replica.
+never the table. Here every worker has a replica and applies the same update to it; in `ctrdist.sharded` each holds some
+of the rows.
 """
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrdist.batch import Lookup
-from ctrdist.group import Group
+from ctrdist.group import Group, current_group
 from ctrdist.initial import initial_rows
 from ctrdist.optim import RowOptimizer
 from ctrdist.vocabulary import PADDING
@@ -25,16 +27,29 @@ CHUNK = 65_536
 class EmbeddingTable(nn.Module):
     """One table, replicated on every worker. Its weights are a buffer: DDP and dense optimizers never see them.
 
+    `rows_touched` is the number of rows that the last step updated here, and `traffic` the bytes that this worker has
+    sent for the table so far.
+
     Args:
         rows: rows of the table, padding (0) and unknown (1) included.
         dim: width.
         optimizer: what updates the rows that a batch touched.
         std: standard deviation of new rows, drawn from a normal distribution.
         seed: decides the draws, which depend on it and on the row's number alone (`ctrdist.initial`).
+        group: the workers that have the table; those of `torch.distributed` if None.
     """
 
-    def __init__(self, rows: int, dim: int, optimizer: RowOptimizer, std: float = 0.01, seed: int = 0) -> None:
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        optimizer: RowOptimizer,
+        std: float = 0.01,
+        seed: int = 0,
+        group: Group | None = None,
+    ) -> None:
         super().__init__()
+        self.group = group or current_group()
         self.dim, self.optimizer, self.std, self.seed = dim, optimizer, std, seed
         self.register_buffer("weight", torch.empty(0, dim))
         for name, state in optimizer.init_state(self.weight).items():
@@ -45,14 +60,9 @@ class EmbeddingTable(nn.Module):
             self.register_buffer("decay", torch.zeros((), dtype=torch.float64))
             self.register_buffer("decayed", torch.empty(0))
             self.state_names += ("decay", "decayed")
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self.rows_touched = 0
+        self._pending: list[tuple[Any, Tensor]] = []
+        self.rows = self.rows_touched = self.traffic = 0
         self.grow(rows)
-
-    @property
-    def rows(self) -> int:
-        """Rows of the table now."""
-        return self.weight.shape[0]
 
     def grow(self, rows: int) -> None:
         """Add rows at the end until there are `rows`; those that are there stay as they are."""
@@ -60,39 +70,68 @@ class EmbeddingTable(nn.Module):
         if rows <= first:
             return
         self.settle()
-        for name, value in self._row_buffers().items():
-            grown = value.new_zeros(rows, *value.shape[1:])
-            grown[:first] = value
+        places = self._held(rows)
+        for name, value in self.row_buffers().items():
+            grown = value.new_zeros(places, *value.shape[1:])
+            grown[: len(value)] = value
             setattr(self, name, grown)
-        for start in range(first, rows, CHUNK):
-            self._begin(torch.arange(start, min(start + CHUNK, rows)))
+        self.rows = rows
+        for start in range(0, places, CHUNK):
+            chunk = torch.arange(start, min(start + CHUNK, places))
+            self._begin(chunk[self.numbers(chunk) >= first])
 
     def renew(self, rows: Tensor) -> None:
         """Make `rows`, int64, like new ones: drawn, but not as at first, and with no state of the optimizer."""
         self.settle()
-        self._begin(rows, salt=1)
+        self._begin(self.places(rows), salt=1)
 
-    def _begin(self, rows: Tensor, salt: int = 0) -> None:
-        """Draw `rows` and give them a new row's state; the table is settled."""
-        drawn = torch.from_numpy(initial_rows(rows.numpy(), self.dim, self.seed, salt)).to(self.weight) * self.std
-        self.weight[rows] = drawn
-        for name, state in self.optimizer.init_state(drawn).items():
-            getattr(self, name)[rows] = state
+    def _begin(self, places: Tensor, salt: int = 0) -> None:
+        """Draw the rows at `places` and give them a new row's state; the table is settled."""
+        drawn = initial_rows(self.numbers(places).numpy(), self.dim, self.seed, salt)
+        self.weight[places] = torch.from_numpy(drawn).to(self.weight) * self.std
+        for name, state in self.optimizer.init_state(self.weight[places]).items():
+            getattr(self, name)[places] = state
         if self.optimizer.decoupled:
-            self.decayed[rows] = 0
+            self.decayed[places] = 0
 
-    def _row_buffers(self) -> dict[str, Tensor]:
+    def _held(self, rows: int) -> int:
+        """Places that this worker has for a table of `rows`."""
+        return rows
+
+    def numbers(self, places: Tensor) -> Tensor:
+        """The rows at this worker's `places`, int64: here, a row's place is its number."""
+        return places
+
+    def places(self, rows: Tensor) -> Tensor:
+        """The places of those of `rows`, int64, that this worker holds."""
+        return rows
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """Values of `rows`, int64 [n], as of now: [n, dim]."""
+        return self._fetch(rows)[0]
+
+    def _fetch(self, rows: Tensor) -> tuple[Tensor, Any]:
+        """Values of `rows`, and what `_collect` needs to know of them."""
+        return self.read(rows), rows
+
+    def _collect(self, group: Group) -> tuple[Tensor, Tensor]:
+        """Rows that this worker is to update, and their gradients, of all workers and look-ups; rows may repeat."""
+        ids = [rows for rows, _ in self._pending] or [torch.empty(0, dtype=torch.int64, device=self.weight.device)]
+        gradients = [gradient_of(leaf) for _, leaf in self._pending] or [self.weight.new_empty(0, self.dim)]
+        return group.all_gather(torch.cat(ids)), group.all_gather(torch.cat(gradients))
+
+    def row_buffers(self) -> dict[str, Tensor]:
         """What the table holds for each row, by name."""
         return {name: value for name, value in self.named_buffers() if value.ndim}
 
-    def read(self, rows: Tensor) -> Tensor:
-        """Values of `rows` [n, dim], with the decay that they have missed."""
-        values = self.weight[rows]
-        return values * self._missed(rows) if self.optimizer.decoupled else values
+    def read(self, places: Tensor) -> Tensor:
+        """Values of the rows at `places` [n, dim], with the decay that they have missed."""
+        values = self.weight[places]
+        return values * self._missed(places) if self.optimizer.decoupled else values
 
-    def _missed(self, rows: Tensor | slice) -> Tensor:
+    def _missed(self, places: Tensor | slice) -> Tensor:
         # As rounded in `decayed`: then the factors of a row's reads multiply to that of its whole time.
-        return (self.decay.to(self.decayed.dtype) - self.decayed[rows]).exp_().unsqueeze(1)
+        return (self.decay.to(self.decayed.dtype) - self.decayed[places]).exp_().unsqueeze(1)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -102,18 +141,18 @@ class EmbeddingTable(nn.Module):
         """
         if self.optimizer.decoupled and self.decay:
             for start in range(0, len(self.weight), CHUNK):
-                rows = slice(start, start + CHUNK)
-                self.weight[rows] *= self._missed(rows)
+                places = slice(start, start + CHUNK)
+                self.weight[places] *= self._missed(places)
             self.decayed.zero_()
             self.decay.zero_()
 
     def forward(self, lookup: Lookup) -> Tensor:
         """Vectors of each value [n, dim], times its factor if there is one, or the mean of each bag [m, dim] (zeros for
         an empty one)."""
-        rows = self.read(lookup.rows)
+        rows, route = self._fetch(lookup.rows)
         if torch.is_grad_enabled():
             rows.requires_grad_()
-            self._pending.append((lookup.rows, rows))
+            self._pending.append((route, rows))
         values = F.embedding(lookup.index, rows)
         if lookup.factors is not None:
             values = values * lookup.factors.to(values.dtype).unsqueeze(1)
@@ -125,34 +164,27 @@ class EmbeddingTable(nn.Module):
 
         The padding row never changes. Call it on every worker after the backward pass.
         """
-        if self._pending:
-            ids = torch.cat([rows for rows, _ in self._pending])
-            gradients = torch.cat(
-                [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for _, leaf in self._pending]
-            )
-        else:
-            ids = torch.empty(0, dtype=torch.int64, device=self.weight.device)
-            gradients = self.weight.new_empty(0, self.dim)
+        sent = group.sent
+        ids, gradients = self._collect(group)
+        self.traffic += group.sent - sent
         self._pending.clear()
-        ids, gradients = group.all_gather(ids), group.all_gather(gradients)
         ids, gradients = sum_rows(ids, gradients / group.size)
         keep = ids != PADDING
         ids, gradients = ids[keep], gradients[keep]
         self.rows_touched = len(ids)
-        self._update(ids, gradients, lr_scale)
+        self._update(self.places(ids), gradients, lr_scale)
 
-    def _update(self, rows: Tensor, gradients: Tensor, lr_scale: float) -> None:
-        """One step of the optimizer on distinct `rows` with `gradients` [R, dim], and of the decay on all."""
+    def _update(self, places: Tensor, gradients: Tensor, lr_scale: float) -> None:
+        """One step of the optimizer on the rows at distinct `places`, with `gradients` [R, dim], and of the decay."""
         if self.optimizer.decoupled:
             self.decay += math.log(self.optimizer.shrink(lr_scale))
-            values = self.read(rows)
-            self.decayed[rows] = self.decay.to(self.decayed.dtype)
-        else:
-            values = self.read(rows)
-        state = {name: getattr(self, name)[rows] for name in self.optimizer.state_names}
-        self.weight[rows] = self.optimizer.step(values, gradients, state, lr_scale)
+        values = self.read(places)
+        state = {name: getattr(self, name)[places] for name in self.optimizer.state_names}
+        self.weight[places] = self.optimizer.step(values, gradients, state, lr_scale)
+        if self.optimizer.decoupled:
+            state["decayed"] = self.decay.to(self.decayed.dtype)
         for name, value in state.items():
-            getattr(self, name)[rows] = value
+            getattr(self, name)[places] = value
 
 
 class Tables(nn.Module):
@@ -196,6 +228,11 @@ def sum_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct ids, ascending, and the sum of each one's rows."""
     distinct, inverse = torch.unique(ids, return_inverse=True)
     return distinct, rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, inverse, rows)
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """The gradient of a leaf; zeros if the loss did not depend on it."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def tables_of(module: nn.Module) -> list[EmbeddingTable]:

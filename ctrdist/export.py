@@ -67,7 +67,8 @@ def load_click_model(
                 f"{to_dict(getattr(other, name))!r}; use the same, --from-scratch, or another --state"
             )
     fuse = fuse or saved_fuse
-    model = ClickModel(schema, description["sizes"], config or saved, description["text_dim"], fuse, seed)
+    store = None if config else "replicated"  # scoring is each process for itself
+    model = ClickModel(schema, description["sizes"], config or saved, description["text_dim"], fuse, seed, store)
     state = load_file(folder / WEIGHTS)
     if model.config.table_optimizer != saved.table_optimizer:  # what the two have in common is taken over
         own = model.state_dict().keys()

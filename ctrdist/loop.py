@@ -20,6 +20,7 @@ from ctrdist.errors import UserError
 from ctrdist.group import Group, attach_group
 from ctrdist.metrics import StreamingMetrics
 from ctrdist.optim import Precision, Schedule, learning_rate
+from ctrdist.sharded import is_collective
 from ctrdist.tasks import Task
 
 Record = dict[str, float]
@@ -149,7 +150,7 @@ def fit(
         if ended:
             meter.flush()
             if valid is not None:
-                best = validate(task, valid, progress, config, group, device, best)
+                best = validate(task, valid, progress, config, group, device, best, batch)
                 meter.validated()
             progress.finished = progress.finished or progress.step >= total
         if checkpoint and group.rank == 0 and (ended or time.monotonic() - saved_at > config.checkpoint_seconds):
@@ -209,16 +210,22 @@ def validate(
     group: Group,
     device: str | torch.device,
     best: dict[str, Tensor] | None,
+    like: Any,
 ) -> dict[str, Tensor] | None:
-    """Score the validation rows of all workers and note the AUC; with patience, keep a copy of the best weights."""
+    """Score the validation rows of all workers and note the AUC; with patience, keep a copy of the best weights.
+
+    Args:
+        like: a batch of this task; only sharded tables need it, of which a worker without rows left must take part in
+            the look-ups of the others.
+    """
     task.eval()
     for table in tables_of(task):
         table.settle()
     metrics = StreamingMetrics()
-    for batch in prefetch(valid()):
-        if len(batch):
-            batch = batch.to(device)
-            metrics.update(batch.label.cpu().numpy(), task.predict(batch).cpu().numpy())
+    batches = (batch for batch in prefetch(valid()) if len(batch))
+    for batch in in_step(batches, like.empty(), group, device) if is_collective(task) else batches:
+        batch = batch.to(device)
+        metrics.update(batch.label.cpu().numpy(), task.predict(batch).cpu().numpy())
     total = group.all_reduce(torch.from_numpy(metrics.state).to(device)).cpu().numpy()
     metrics = StreamingMetrics()
     metrics.merge(total)
@@ -233,6 +240,15 @@ def validate(
         best = {name: value.detach().clone() for name, value in task.state_dict().items()}
     progress.finished = epoch - progress.best_epoch >= config.patience
     return best
+
+
+def in_step(batches: Iterator[Any], empty: Any, group: Group, device: str | torch.device) -> Iterator[Any]:
+    """The batches, and then `empty` for as long as another worker has some."""
+    while True:
+        batch = next(batches, None)
+        if not group.all_reduce(torch.tensor(int(batch is not None), device=device)):
+            return
+        yield empty if batch is None else batch
 
 
 class Meter:

@@ -11,12 +11,13 @@ from ctrdist import backbones
 from ctrdist.backbones import BackboneConfigs, Inputs, Shape
 from ctrdist.backbones.base import all_fields
 from ctrdist.batch import Batch, Lookup
-from ctrdist.embedding import EmbeddingTable, Tables
+from ctrdist.embedding import Tables
 from ctrdist.errors import UserError
-from ctrdist.group import Group
+from ctrdist.group import Group, current_group
 from ctrdist.losses import binary_cross_entropy
 from ctrdist.optim import ROW_OPTIMIZERS, Precision, Schedule, split_decay
 from ctrdist.schema import ITEM_ID, Schema
+from ctrdist.sharded import Store, choose_store
 from ctrdist.tasks import Task
 from ctrdist.vocabulary import UNKNOWN
 
@@ -41,6 +42,9 @@ class ClickConfig:
         table_lr: learning rate of the embedding tables.
         table_decay: L2 coefficient on the rows a batch touches; for `adamw`, decay of every row at every step.
         table_optimizer: `adam`, `adamw`, row-wise `adagrad` (one number a row), or `sgd` (none).
+        table_store: `replicated`: every worker has the tables. `sharded`: each has some of their rows. `auto`:
+            replicated if they fit into `table_memory_gib`, with their optimizer's state.
+        table_memory_gib: memory of a worker for tables.
         schedule: course of both learning rates over all epochs.
         warmup: share of the steps over which they rise.
         unknown_share: share of a batch's items whose id is taken for unknown in training, so that the unknown row, and
@@ -61,6 +65,8 @@ class ClickConfig:
     table_lr: float = 1e-3
     table_decay: float = 1e-2
     table_optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    table_store: Store = "auto"
+    table_memory_gib: float = 8.0
     schedule: Schedule = "linear"
     warmup: float = 0.0
     unknown_share: float = 0.1
@@ -119,6 +125,7 @@ class ClickModel(Task):
         text_dim: width of the text table; 0 for an ID model (eq. 7).
         fuse: the text field, for a fused model.
         seed: decides the initial weights.
+        store: where the tables are, other than the configuration says.
     """
 
     def __init__(
@@ -129,6 +136,7 @@ class ClickModel(Task):
         text_dim: int = 0,
         fuse: FuseConfig | None = None,
         seed: int = 0,
+        store: Store | None = None,
     ) -> None:
         super().__init__()
         self.group = Group()
@@ -138,14 +146,23 @@ class ClickModel(Task):
         # A field's weight of the first order, for backbones that have them, is one more column of its table.
         self.columns = config.dim + backbones.network(config.backbone).first_order
         optimizer = ROW_OPTIMIZERS[config.table_optimizer](lr=config.table_lr, weight_decay=config.table_decay)
+        names = self.row_names + self.item_names
+        kind = choose_store(
+            store or config.table_store,
+            [sizes[name] for name in names],
+            self.columns,
+            optimizer,
+            config.table_memory_gib,
+            current_group().size,
+        )
+        self.tables = Tables(
+            {
+                name: kind(sizes[name], self.columns, optimizer, seed=seed * 100 + position)
+                for position, name in enumerate(names)
+            }
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.tables = Tables(
-                {
-                    name: EmbeddingTable(sizes[name], self.columns, optimizer, seed=seed * 100 + position)
-                    for position, name in enumerate(self.row_names + self.item_names)
-                }
-            )
             history_fields = len(self.item_names) + (text_dim > 0) if schema.history_length else 0
             fields = len(self.row_names) + len(self.item_names) + (text_dim > 0)
             self.backbone = backbones.build(config.backbone, Shape(fields, history_fields, config.dim), config.networks)

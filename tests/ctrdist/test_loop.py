@@ -72,8 +72,11 @@ def valid_batches(rank: int, size: int) -> Iterator[Batch]:
     return (batch_of(rows.slice(start, 10)) for start in range(0, rows.num_rows, 10))
 
 
-def click_model(backbone: str, text: int = 4, networks: BackboneConfigs = DRY, seed: int = 0) -> ClickModel:
-    config = ClickConfig(backbone=backbone, dim=4, lr=0.01, table_lr=0.02, unknown_share=0.0, networks=networks)
+def click_model(
+    backbone: str, text: int = 4, networks: BackboneConfigs = DRY, seed: int = 0, **options: Any
+) -> ClickModel:
+    options = {"dim": 4, "lr": 0.01, "table_lr": 0.02, "unknown_share": 0.0} | options
+    config = ClickConfig(backbone=backbone, networks=networks, **options)
     dropout = 0.0 if networks is DRY else 0.2
     return ClickModel(SCHEMA, SIZES, config, text, FuseConfig(dropout=dropout, scale=1.0), seed=seed)
 
@@ -81,25 +84,35 @@ def click_model(backbone: str, text: int = 4, networks: BackboneConfigs = DRY, s
 LOOP = LoopConfig(STEPS, epochs=2, schedule="linear", warmup=0.2, clip_norm=0.5, precision="float64")
 
 
-def trained(group: Group, backbones: list[str]) -> list[dict[str, Any]]:
+def whole_weights(task: ClickModel) -> dict[str, Tensor]:
+    """The weights, with those of spread tables gathered and without the state of the tables' optimizer."""
+    weights = {name: value for name, value in task.state_dict().items() if not name.startswith("tables.")}
+    return weights | {name: table.fetch(torch.arange(SIZES[name])) for name, table in task.tables.items()}
+
+
+def trained(group: Group, backbones: list[str], options: dict[str, Any]) -> list[dict[str, Any]]:
     out = []
     for backbone in backbones:
-        task, records = click_model(backbone), []
+        task, records = click_model(backbone, **options), []
         share = group.rank, group.size
         progress = fit(task, partial(train_batches, *share), LOOP, group=group, valid=partial(valid_batches, *share),
                        record=records.append)  # fmt: skip
         assert not task.training and all(not table._pending for table in task.tables.values())
-        out.append({"weights": task.state_dict(), "aucs": progress.valid_auc, "losses": progress.losses,
+        out.append({"weights": whole_weights(task), "aucs": progress.valid_auc, "losses": progress.losses,
                     "best": progress.best_epoch, "records": len(records), "steps": progress.step})  # fmt: skip
     return out
 
 
-def test_two_workers_end_with_the_weights_of_one(two_workers):
-    names = ["din", "dcnv2"]
-    for name, alone, first, second in zip(names, trained(Group(), names), *two_workers(trained, names), strict=True):
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [(["din", "dcnv2"], {}), (["din", "dcnv2"], {"table_store": "sharded", "table_optimizer": "adamw"})],
+)
+def test_two_workers_end_with_the_weights_of_one(two_workers, names: list[str], options: dict[str, Any]):
+    one, two = trained(Group(), names, options), two_workers(trained, names, options)
+    for name, alone, first, second in zip(names, one, *two, strict=True):
         assert alone["steps"] == first["steps"] == second["steps"] == 10
         assert alone["weights"].keys() == first["weights"].keys()
-        start = click_model(name).double().state_dict()
+        start = whole_weights(click_model(name).double())
         for key, value in alone["weights"].items():
             assert torch.equal(first["weights"][key], second["weights"][key]), (name, key)
             torch.testing.assert_close(first["weights"][key], value, rtol=1e-9, atol=1e-11, msg=f"{name} {key}")
