@@ -106,6 +106,14 @@ class EmbeddingTable(nn.Module):
         """The places of those of `rows`, int64, that this worker holds."""
         return rows
 
+    def holds(self, rows: Tensor) -> Tensor:
+        """Which of `rows` this worker holds, bool."""
+        return torch.ones_like(rows, dtype=torch.bool)
+
+    def gather(self, name: str, rows: Tensor) -> Tensor:
+        """What buffer `name` has for `rows`, int64 [n]: [n, ...]. The table is settled."""
+        return getattr(self, name)[rows]
+
     def fetch(self, rows: Tensor) -> Tensor:
         """Values of `rows`, int64 [n], as of now: [n, dim]."""
         return self._fetch(rows)[0]

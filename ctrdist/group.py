@@ -5,6 +5,8 @@ differentiable. The backward pass of a sum is a sum, so each worker's gradient i
 **mean** of the gradients over the workers (what DDP computes) is the gradient of the loss.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,6 +48,10 @@ class Group:
         """
         return value
 
+    def share(self, value: Any) -> list[Any]:
+        """A small plain value of each worker, in rank order."""
+        return [value]
+
 
 class DistributedGroup(Group):
     """The default `torch.distributed` process group (gloo or NCCL)."""
@@ -73,6 +79,11 @@ class DistributedGroup(Group):
         out = value.new_empty((sum(received), *value.shape[1:]))
         dist.all_to_all_single(out, value.contiguous(), received, counts)
         self.sent += (value.shape[0] - counts[self.rank]) * (value.nbytes // max(1, value.shape[0]))
+        return out
+
+    def share(self, value: Any) -> list[Any]:
+        out = [None] * self.size
+        dist.all_gather_object(out, value)
         return out
 
     def reduce_(self, value: Tensor) -> Tensor:

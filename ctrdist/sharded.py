@@ -67,14 +67,15 @@ class ShardedTable(EmbeddingTable):
     """
 
     @property
-    def first(self) -> int:
-        """The first bucket that this worker owns."""
-        return bucket_range(self.group.rank, self.group.size)[0]
+    def buckets(self) -> tuple[int, int]:
+        """The buckets that this worker owns (`bucket_range`). Its places are a matrix, by row // BUCKETS and bucket."""
+        return bucket_range(self.group.rank, self.group.size)
 
     @property
     def width(self) -> int:
-        """Buckets that this worker owns. Its places are a matrix, by row // BUCKETS and then by bucket."""
-        return bucket_range(self.group.rank, self.group.size)[1] - self.first
+        """How many they are."""
+        first, last = self.buckets
+        return last - first
 
     def _held(self, rows: int) -> int:
         return -(-rows // BUCKETS) * self.width
@@ -82,19 +83,30 @@ class ShardedTable(EmbeddingTable):
     def numbers(self, places: Tensor) -> Tensor:
         if not self.width:
             return places
-        return places // self.width * BUCKETS + bucket_rows(places % self.width + self.first)
+        return places // self.width * BUCKETS + bucket_rows(places % self.width + self.buckets[0])
+
+    def holds(self, rows: Tensor) -> Tensor:
+        return owner_of(rows, self.group.size) == self.group.rank
 
     def places(self, rows: Tensor) -> Tensor:
-        buckets = bucket_of(rows) - self.first
-        own = (buckets >= 0) & (buckets < self.width)
-        return (rows // BUCKETS * self.width + buckets)[own]
+        rows = rows[self.holds(rows)]
+        return rows // BUCKETS * self.width + bucket_of(rows) - self.buckets[0]
+
+    def gather(self, name: str, rows: Tensor) -> Tensor:
+        route = self._route(rows)
+        return self._answer(route, getattr(self, name)[self.places(route.asked)])
 
     def _fetch(self, rows: Tensor) -> tuple[Tensor, Route]:
         sent = self.group.sent
         route = self._route(rows)
-        values = self.group.all_to_all(self.read(self.places(route.asked)), route.received, route.counts)
+        values = self._answer(route, self.read(self.places(route.asked)))
         self.traffic += self.group.sent - sent
-        return torch.empty_like(values).index_copy_(0, route.order, values), route
+        return values, route
+
+    def _answer(self, route: Route, values: Tensor) -> Tensor:
+        """`values` of the rows that others asked, for the rows that this worker asked, in the look-up's order."""
+        values = self.group.all_to_all(values, route.received, route.counts)
+        return torch.empty_like(values).index_copy_(0, route.order, values)
 
     def _route(self, rows: Tensor) -> Route:
         assert len(self.weight) == self._held(self.rows), "the table was made for another group"
