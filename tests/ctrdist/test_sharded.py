@@ -220,6 +220,19 @@ def test_the_store_is_chosen_by_memory_or_by_name():
     assert choose_store("replicated", sizes, 16, adam, 0.0, 4) is EmbeddingTable
 
 
+@pytest.mark.parametrize("rule", ROW_OPTIMIZERS)
+def test_a_table_takes_the_memory_that_the_choice_counts(rule: str):
+    optimizer = ROW_OPTIMIZERS[rule]()
+    size = row_bytes(16, optimizer)
+
+    def held(table: EmbeddingTable) -> int:
+        return sum(buffer.nbytes for buffer in table.buffers() if buffer.ndim)
+
+    assert held(EmbeddingTable(9000, 16, optimizer)) == 9000 * size
+    shards = [held(ShardedTable(9000, 16, optimizer, group=Worker(rank, 3))) for rank in range(3)]
+    assert sum(shards) == 3 * BUCKETS * size and max(shards) - min(shards) <= 3 * size
+
+
 def test_a_click_model_takes_the_store_of_its_configuration():
     schema = Schema(user=(Field("user_id"),), item=(Field("item_id"),), history_length=0)
     for store, kind in (("auto", EmbeddingTable), ("sharded", ShardedTable), ("replicated", EmbeddingTable)):
