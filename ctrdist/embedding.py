@@ -18,6 +18,7 @@ from ctrdist.batch import Lookup
 from ctrdist.group import Group, current_group
 from ctrdist.initial import initial_rows
 from ctrdist.optim import RowOptimizer
+from ctrdist.rounding import round_randomly
 from ctrdist.vocabulary import PADDING
 
 CHUNK = 65_536
@@ -37,6 +38,8 @@ class EmbeddingTable(nn.Module):
         std: standard deviation of new rows, drawn from a normal distribution.
         seed: decides the draws, which depend on it and on the row's number alone (`ctrdist.initial`).
         group: the workers that have the table; those of `torch.distributed` if None.
+        storage: dtype of the weights at rest, float32 or bfloat16. The optimizer computes in float32 and keeps its
+            state in it; what goes back is rounded at random, so that small steps add up (`ctrdist.rounding`).
     """
 
     def __init__(
@@ -47,14 +50,18 @@ class EmbeddingTable(nn.Module):
         std: float = 0.01,
         seed: int = 0,
         group: Group | None = None,
+        storage: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.group = group or current_group()
         self.dim, self.optimizer, self.std, self.seed = dim, optimizer, std, seed
-        self.register_buffer("weight", torch.empty(0, dim))
-        for name, state in optimizer.init_state(self.weight).items():
+        self.register_buffer("weight", torch.empty(0, dim, dtype=storage))
+        for name, state in optimizer.init_state(torch.empty(0, dim)).items():
             self.register_buffer(name, state)
         self.state_names = optimizer.state_names
+        if storage != torch.float32:
+            self.register_buffer("roundings", torch.zeros((), dtype=torch.int64))
+            self.state_names += ("roundings",)
         if optimizer.decoupled:
             # Logarithms of the decay of all steps so far, and of what each row has had of it.
             self.register_buffer("decay", torch.zeros((), dtype=torch.float64))
@@ -88,8 +95,8 @@ class EmbeddingTable(nn.Module):
     def _begin(self, places: Tensor, salt: int = 0) -> None:
         """Draw the rows at `places` and give them a new row's state; the table is settled."""
         drawn = initial_rows(self.numbers(places).numpy(), self.dim, self.seed, salt)
-        self.weight[places] = torch.from_numpy(drawn).to(self.weight) * self.std
-        for name, state in self.optimizer.init_state(self.weight[places]).items():
+        self.weight[places] = (torch.from_numpy(drawn) * self.std).to(self.weight)
+        for name, state in self.optimizer.init_state(self._wide(self.weight[places])).items():
             getattr(self, name)[places] = state
         if self.optimizer.decoupled:
             self.decayed[places] = 0
@@ -125,7 +132,7 @@ class EmbeddingTable(nn.Module):
     def _collect(self, group: Group) -> tuple[Tensor, Tensor]:
         """Rows that this worker is to update, and their gradients, of all workers and look-ups; rows may repeat."""
         ids = [rows for rows, _ in self._pending] or [torch.empty(0, dtype=torch.int64, device=self.weight.device)]
-        gradients = [gradient_of(leaf) for _, leaf in self._pending] or [self.weight.new_empty(0, self.dim)]
+        gradients = [gradient_of(leaf) for _, leaf in self._pending] or [self._wide(self.weight[:0])]
         return group.all_gather(torch.cat(ids)), group.all_gather(torch.cat(gradients))
 
     def row_buffers(self) -> dict[str, Tensor]:
@@ -134,10 +141,25 @@ class EmbeddingTable(nn.Module):
 
     def read(self, places: Tensor) -> Tensor:
         """Values of the rows at `places` [n, dim], with the decay that they have missed."""
-        values = self.weight[places]
+        values = self._wide(self.weight[places])
         return values * self._missed(places) if self.optimizer.decoupled else values
 
-    def _missed(self, places: Tensor | slice) -> Tensor:
+    @staticmethod
+    def _wide(values: Tensor) -> Tensor:
+        """Stored values as the optimizer and the network take them."""
+        return values.float() if values.dtype == torch.bfloat16 else values
+
+    def _write(self, places: Tensor, values: Tensor) -> None:
+        """Store `values` [n, dim] of the rows at `places`."""
+        if self.weight.dtype == torch.bfloat16:
+            values = round_randomly(values, self.numbers(places), self.seed, self.roundings)
+        self.weight[places] = values
+
+    def _count_rounding(self) -> None:
+        if "roundings" in self.state_names:
+            self.roundings += 1
+
+    def _missed(self, places: Tensor) -> Tensor:
         # As rounded in `decayed`: then the factors of a row's reads multiply to that of its whole time.
         return (self.decay.to(self.decayed.dtype) - self.decayed[places]).exp_().unsqueeze(1)
 
@@ -148,9 +170,11 @@ class EmbeddingTable(nn.Module):
         Unlike a step, this costs time in proportion to the table; nothing, if its rows miss none.
         """
         if self.optimizer.decoupled and self.decay:
+            self._count_rounding()
             for start in range(0, len(self.weight), CHUNK):
-                places = slice(start, start + CHUNK)
-                self.weight[places] *= self._missed(places)
+                end = min(start + CHUNK, len(self.weight))
+                places = torch.arange(start, end, device=self.weight.device)
+                self._write(places, self.read(places))
             self.decayed.zero_()
             self.decay.zero_()
 
@@ -186,9 +210,10 @@ class EmbeddingTable(nn.Module):
         """One step of the optimizer on the rows at distinct `places`, with `gradients` [R, dim], and of the decay."""
         if self.optimizer.decoupled:
             self.decay += math.log(self.optimizer.shrink(lr_scale))
+        self._count_rounding()
         values = self.read(places)
         state = {name: getattr(self, name)[places] for name in self.optimizer.state_names}
-        self.weight[places] = self.optimizer.step(values, gradients, state, lr_scale)
+        self._write(places, self.optimizer.step(values, gradients, state, lr_scale))
         if self.optimizer.decoupled:
             state["decayed"] = self.decay.to(self.decayed.dtype)
         for name, value in state.items():

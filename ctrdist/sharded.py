@@ -117,7 +117,7 @@ class ShardedTable(EmbeddingTable):
 
     def _collect(self, group: Group) -> tuple[Tensor, Tensor]:
         ids = [torch.empty(0, dtype=torch.int64, device=self.weight.device)]
-        gradients = [self.weight.new_empty(0, self.dim)]
+        gradients = [self._wide(self.weight[:0])]
         for route, leaf in self._pending:
             ids.append(route.asked)
             gradients.append(group.all_to_all(gradient_of(leaf)[route.order], route.counts, route.received))
@@ -129,15 +129,21 @@ def is_collective(module: nn.Module) -> bool:
     return any(isinstance(table, ShardedTable) and table.group.size > 1 for table in tables_of(module))
 
 
-def row_bytes(dim: int, optimizer: RowOptimizer) -> int:
+def row_bytes(dim: int, optimizer: RowOptimizer, storage: torch.dtype = torch.float32) -> int:
     """Bytes of a row of a table, the optimizer's state included."""
     rows = torch.zeros(1, dim)
     state = sum(value.nbytes for value in optimizer.init_state(rows).values())
-    return rows.nbytes + state + (rows.itemsize if optimizer.decoupled else 0)
+    return dim * storage.itemsize + state + (rows.itemsize if optimizer.decoupled else 0)
 
 
 def choose_store(
-    store: Store, sizes: list[int], dim: int, optimizer: RowOptimizer, memory_gib: float, workers: int
+    store: Store,
+    sizes: list[int],
+    dim: int,
+    optimizer: RowOptimizer,
+    memory_gib: float,
+    workers: int,
+    storage: torch.dtype = torch.float32,
 ) -> type[EmbeddingTable]:
     """The kind of tables: as named, or for `auto` replicated ones if all of them fit into a worker's memory.
 
@@ -146,6 +152,6 @@ def choose_store(
         memory_gib: GiB of a worker for tables.
     """
     if store == "auto":
-        fits = sum(sizes) * row_bytes(dim, optimizer) <= memory_gib * 2**30
+        fits = sum(sizes) * row_bytes(dim, optimizer, storage) <= memory_gib * 2**30
         store = "replicated" if fits or workers == 1 else "sharded"
     return ShardedTable if store == "sharded" else EmbeddingTable

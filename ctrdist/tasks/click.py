@@ -45,11 +45,13 @@ class ClickConfig:
         table_store: `replicated`: every worker has the tables. `sharded`: each has some of their rows. `auto`:
             replicated if they fit into `table_memory_gib`, with their optimizer's state.
         table_memory_gib: memory of a worker for tables.
+        table_precision: of the tables' weights at rest. `bfloat16` takes half the memory for them; their optimizer
+            computes in float32 in any case, and keeps its state in it.
         schedule: course of both learning rates over all epochs.
         warmup: share of the steps over which they rise.
         unknown_share: share of a batch's items whose id is taken for unknown in training, so that the unknown row, and
             what the network makes of an item without an id of its own, are trained.
-        precision: of the network's arithmetic; embeddings are float32 in any case.
+        precision: of the network's arithmetic; embeddings enter it in float32 in any case.
         networks: hyper-parameters of the backbones, by name.
     """
 
@@ -67,6 +69,7 @@ class ClickConfig:
     table_optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
     table_store: Store = "auto"
     table_memory_gib: float = 8.0
+    table_precision: Literal["float32", "bfloat16"] = "float32"
     schedule: Schedule = "linear"
     warmup: float = 0.0
     unknown_share: float = 0.1
@@ -146,7 +149,7 @@ class ClickModel(Task):
         # A field's weight of the first order, for backbones that have them, is one more column of its table.
         self.columns = config.dim + backbones.network(config.backbone).first_order
         optimizer = ROW_OPTIMIZERS[config.table_optimizer](lr=config.table_lr, weight_decay=config.table_decay)
-        names = self.row_names + self.item_names
+        names, storage = self.row_names + self.item_names, getattr(torch, config.table_precision)
         kind = choose_store(
             store or config.table_store,
             [sizes[name] for name in names],
@@ -154,10 +157,11 @@ class ClickModel(Task):
             optimizer,
             config.table_memory_gib,
             current_group().size,
+            storage,
         )
         self.tables = Tables(
             {
-                name: kind(sizes[name], self.columns, optimizer, seed=seed * 100 + position)
+                name: kind(sizes[name], self.columns, optimizer, seed=seed * 100 + position, storage=storage)
                 for position, name in enumerate(names)
             }
         )
