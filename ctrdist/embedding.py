@@ -221,9 +221,9 @@ class EmbeddingTable(nn.Module):
 
 
 class Tables(nn.Module):
-    """Tables by the name of their field; any name will do, which `nn.ModuleDict` does not allow."""
+    """Tables, or other modules, by the name of their field; any will do, which `nn.ModuleDict` does not allow."""
 
-    def __init__(self, tables: dict[str, EmbeddingTable]) -> None:
+    def __init__(self, tables: dict[str, EmbeddingTable] | dict[str, nn.Linear]) -> None:
         super().__init__()
         self.names = tuple(tables)
         for name, table in tables.items():

@@ -60,7 +60,7 @@ def load_click_model(
     description = json.loads((folder / DESCRIPTION).read_text())
     saved = from_dict(ClickConfig(), description["config"], str(folder / DESCRIPTION))
     saved_fuse = description["fuse"] and from_dict(FuseConfig(), description["fuse"], str(folder / DESCRIPTION))
-    wanted = [(f"--ctr.{name}", saved, config, name) for name in ("backbone", "dim", "networks")]
+    wanted = [(f"--ctr.{name}", saved, config, name) for name in ("backbone", "dim", "widths", "networks")]
     for option, mine, other, name in [*wanted, ("--fuse.hidden", saved_fuse, fuse, "hidden")]:
         if mine and other and to_dict(getattr(mine, name)) != to_dict(getattr(other, name)):
             raise UserError(

@@ -92,7 +92,10 @@ class RowAdamW(RowAdam):
 
     def __post_init__(self) -> None:
         if not 0 <= self.lr * self.weight_decay < 1:
-            raise UserError(f"learning rate {self.lr} times weight decay {self.weight_decay} is not under 1")
+            raise UserError(
+                f"tables: learning rate {self.lr} times weight decay {self.weight_decay} is not under 1; lower "
+                "--ctr.table-lr or --ctr.table-decay"
+            )
 
     def shrink(self, lr_scale: float) -> float:
         return 1 - self.lr * lr_scale * self.weight_decay

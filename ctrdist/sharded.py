@@ -138,8 +138,7 @@ def row_bytes(dim: int, optimizer: RowOptimizer, storage: torch.dtype = torch.fl
 
 def choose_store(
     store: Store,
-    sizes: list[int],
-    dim: int,
+    sizes: list[tuple[int, int]],
     optimizer: RowOptimizer,
     memory_gib: float,
     workers: int,
@@ -148,10 +147,11 @@ def choose_store(
     """The kind of tables: as named, or for `auto` replicated ones if all of them fit into a worker's memory.
 
     Args:
-        sizes: rows of each table.
+        sizes: rows and width of each table.
         memory_gib: GiB of a worker for tables.
     """
     if store == "auto":
-        fits = sum(sizes) * row_bytes(dim, optimizer, storage) <= memory_gib * 2**30
+        needed = sum(rows * row_bytes(dim, optimizer, storage) for rows, dim in sizes)
+        fits = needed <= memory_gib * 2**30
         store = "replicated" if fits or workers == 1 else "sharded"
     return ShardedTable if store == "sharded" else EmbeddingTable

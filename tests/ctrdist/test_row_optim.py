@@ -154,7 +154,7 @@ def test_new_rows_have_missed_nothing():
 
 
 def test_a_rate_that_would_turn_weights_over_is_refused():
-    with pytest.raises(UserError, match="learning rate 2.0 times weight decay 0.5 is not under 1"):
+    with pytest.raises(UserError, match="rate 2.0 times weight decay 0.5 is not under 1; lower --ctr.table-lr"):
         RowAdamW(lr=2.0, weight_decay=0.5)
 
 

@@ -213,13 +213,16 @@ def test_the_store_is_chosen_by_memory_or_by_name():
     assert row_bytes(16, adam) == 16 * 4 * 3 + 4 and row_bytes(16, adagrad) == 16 * 4 + 4
     assert row_bytes(8, RowAdamW()) == 8 * 4 * 3 + 4 + 4 and row_bytes(8, RowSGD()) == 32
     gib = 3_000_000 * row_bytes(16, adam) / 2**30
-    sizes = [1_000_000, 2_000_000]
-    assert choose_store("auto", sizes, 16, adam, gib * 1.001, 4) is EmbeddingTable
-    assert choose_store("auto", sizes, 16, adam, gib * 0.999, 4) is ShardedTable
-    assert choose_store("auto", sizes, 16, adagrad, gib * 0.999, 4) is EmbeddingTable
-    assert choose_store("auto", sizes, 16, adam, gib * 0.999, 1) is EmbeddingTable, "one worker has all rows anyway"
-    assert choose_store("sharded", sizes, 16, adam, 1e9, 1) is ShardedTable
-    assert choose_store("replicated", sizes, 16, adam, 0.0, 4) is EmbeddingTable
+    sizes = [(1_000_000, 16), (2_000_000, 16)]
+    assert choose_store("auto", sizes, adam, gib * 1.001, 4) is EmbeddingTable
+    assert choose_store("auto", sizes, adam, gib * 0.999, 4) is ShardedTable
+    assert choose_store("auto", sizes, adagrad, gib * 0.999, 4) is EmbeddingTable
+    assert choose_store("auto", sizes, adam, gib * 0.999, 1) is EmbeddingTable, "one worker has all rows anyway"
+    narrow = [(1_000_000, 16), (2_000_000, 8)]
+    assert choose_store("auto", narrow, adam, gib * 0.7, 4) is EmbeddingTable
+    assert choose_store("auto", narrow, adam, gib * 0.65, 4) is ShardedTable
+    assert choose_store("sharded", sizes, adam, 1e9, 1) is ShardedTable
+    assert choose_store("replicated", sizes, adam, 0.0, 4) is EmbeddingTable
 
 
 @pytest.mark.parametrize("rule", ROW_OPTIMIZERS)
