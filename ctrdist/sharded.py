@@ -18,7 +18,7 @@ from ctrdist.optim import RowOptimizer
 Store = Literal["auto", "replicated", "sharded"]
 
 BUCKETS = 4096
-"""Parts of a table; a worker owns consecutive ones. More workers than these would leave some without rows."""
+"""Parts of a table, at least one a worker; each owns consecutive ones."""
 MIX = 2531
 UNMIX = pow(MIX, -1, BUCKETS)
 
@@ -35,6 +35,7 @@ def bucket_rows(buckets: Tensor) -> Tensor:
 
 def bucket_range(rank: int, size: int) -> tuple[int, int]:
     """The buckets that a worker owns, from the first up to but not including the last."""
+    assert size <= BUCKETS, size
     return BUCKETS * rank // size, BUCKETS * (rank + 1) // size
 
 
@@ -81,8 +82,6 @@ class ShardedTable(EmbeddingTable):
         return -(-rows // BUCKETS) * self.width
 
     def numbers(self, places: Tensor) -> Tensor:
-        if not self.width:
-            return places
         return places // self.width * BUCKETS + bucket_rows(places % self.width + self.buckets[0])
 
     def holds(self, rows: Tensor) -> Tensor:

@@ -142,10 +142,11 @@ class State:
             if group.rank == 0:
                 manifest = Manifest(name, folder, inputs, dict(sorted(files.items())), facts or {})
                 self._write_object(f"{name}.json", json.dumps(manifest.__dict__, indent=1).encode())
-            group.share(None)
         except BaseException:
-            shutil.rmtree(local, ignore_errors=True)
+            if group.rank == 0 or not self.is_local:  # rank 0 may have made the output exist already
+                shutil.rmtree(local, ignore_errors=True)
             raise
+        group.share(None)
         if not self.is_local:
             shutil.rmtree(local, ignore_errors=True)
         if before is not None and group.rank == 0:
