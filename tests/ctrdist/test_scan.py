@@ -10,7 +10,7 @@ import pytest
 
 from ctrdist.errors import UserError
 from ctrdist.log import REASONS, list_days, list_row_groups
-from ctrdist.scan import Scan, item_counts, scan_row_group
+from ctrdist.scan import Scan, item_counts, scan_row_group, sum_scans
 from ctrdist.vocabulary import to_keys
 
 THIRD = dt.date(2024, 1, 4)
