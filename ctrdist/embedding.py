@@ -258,9 +258,18 @@ def bag_mean(values: Tensor, offsets: Tensor) -> Tensor:
 
 
 def sum_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids, ascending, and the sum of each one's rows."""
-    distinct, inverse = torch.unique(ids, return_inverse=True)
+    """Distinct ids, ascending, and the sum of each one's rows, added in the order in which they stand."""
+    distinct, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    if rows.is_cuda:  # where `index_add_` adds in any order, by which replicas would drift apart
+        return distinct, sum_runs(rows[inverse.argsort(stable=True)], counts)
     return distinct, rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, inverse, rows)
+
+
+def sum_runs(rows: Tensor, counts: Tensor) -> Tensor:
+    """The sums of the first `counts[0]` rows, of the `counts[1]` after them, and so on."""
+    if not len(counts):
+        return rows.new_zeros(0, rows.shape[1])
+    return torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True)
 
 
 def gradient_of(leaf: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctrdist.batch import Lookup
-from ctrdist.embedding import EmbeddingTable, bag_mean, sum_rows, tables_of
+from ctrdist.embedding import EmbeddingTable, bag_mean, sum_rows, sum_runs, tables_of
 from ctrdist.group import Group
 from ctrdist.items import Ragged
 from ctrdist.losses import global_mean
@@ -174,6 +174,13 @@ def test_sum_rows():
         torch.testing.assert_close(total, sum(values[i] for i in range(6) if ids[i] == row))
     distinct, sums = sum_rows(ids[:0], values[:0])
     assert distinct.shape == (0,) and sums.shape == (0, 2)
+
+
+@pytest.mark.parametrize("ids", [[7, 2, 7, 7, 0, 2], [3], [], [5] * 40, list(range(30)) * 3])
+def test_runs_are_summed_as_rows_are(ids: list[int]):
+    ids, values = torch.tensor(ids, dtype=torch.int64), noise(len(ids), 2)
+    _, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    assert torch.equal(sum_runs(values[inverse.argsort(stable=True)], counts), sum_rows(ids, values)[1])
 
 
 def test_growing_keeps_rows_and_their_state():
