@@ -259,9 +259,9 @@ def bag_mean(values: Tensor, offsets: Tensor) -> Tensor:
 
 def sum_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct ids, ascending, and the sum of each one's rows, added in the order in which they stand."""
-    distinct, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    distinct, inverse = torch.unique(ids, return_inverse=True)
     if rows.is_cuda:  # where `index_add_` adds in any order, by which replicas would drift apart
-        return distinct, sum_runs(rows[inverse.argsort(stable=True)], counts)
+        return distinct, sum_runs(rows[inverse.argsort(stable=True)], inverse.bincount(minlength=len(distinct)))
     return distinct, rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, inverse, rows)
 
 
