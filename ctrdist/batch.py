@@ -43,6 +43,13 @@ class Lookup:
         offsets = torch.from_numpy(np.asarray(values.offsets)) if isinstance(values, Ragged) else None
         return cls(torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(index.astype(np.int64)), offsets)
 
+    def head(self, count: int) -> "Lookup":
+        """The look-up of the first `count` of the n things."""
+        values = count if self.offsets is None else int(self.offsets[count])
+        rows, index = torch.unique(self.rows[self.index[:values]], return_inverse=True)
+        offsets = None if self.offsets is None else self.offsets[: count + 1]
+        return Lookup(rows, index, offsets, None if self.factors is None else self.factors[:values])
+
 
 @dataclass
 class Batch:
@@ -68,6 +75,19 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def empty(self) -> "Batch":
+        """A batch of the same fields without rows; its only item is padding."""
+        return replace(
+            self,
+            label=self.label[:0],
+            row_fields={name: lookup.head(0) for name, lookup in self.row_fields.items()},
+            items=self.items[:1],
+            item_fields={name: lookup.head(1) for name, lookup in self.item_fields.items()},
+            target=self.target[:0],
+            history=self.history[:0],
+            text=None if self.text is None else self.text[:1],
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on `device`; copies from pinned memory do not wait."""

@@ -2,76 +2,189 @@
 
 A step fetches the distinct rows that its batch touches as a small dense leaf, computes on them, and pushes back their
 gradients; the row-wise optimizer updates those rows only. Between workers, rows and their gradients are exchanged,
-never the table, and every worker applies the same update to its replica.
+never the table. Here every worker has a replica and applies the same update to it; in `ctrdist.sharded` each holds some
+of the rows.
 """
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrdist.batch import Lookup
-from ctrdist.group import Group
-from ctrdist.optim import RowAdam
+from ctrdist.group import Group, current_group
+from ctrdist.initial import initial_rows
+from ctrdist.optim import RowOptimizer
+from ctrdist.rounding import round_randomly
 from ctrdist.vocabulary import PADDING
+
+CHUNK = 65_536
+"""Rows that are drawn, or settled, at a time."""
 
 
 class EmbeddingTable(nn.Module):
     """One table, replicated on every worker. Its weights are a buffer: DDP and dense optimizers never see them.
+
+    `rows_touched` is the number of rows that the last step updated here, and `traffic` the bytes that this worker has
+    sent for the table so far.
 
     Args:
         rows: rows of the table, padding (0) and unknown (1) included.
         dim: width.
         optimizer: what updates the rows that a batch touched.
         std: standard deviation of new rows, drawn from a normal distribution.
-        seed: decides the draws.
+        seed: decides the draws, which depend on it and on the row's number alone (`ctrdist.initial`).
+        group: the workers that have the table; those of `torch.distributed` if None.
+        storage: dtype of the weights at rest, float32 or bfloat16. The optimizer computes in float32 and keeps its
+            state in it; what goes back is rounded at random, so that small steps add up (`ctrdist.rounding`).
     """
 
-    def __init__(self, rows: int, dim: int, optimizer: RowAdam, std: float = 0.01, seed: int = 0) -> None:
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        optimizer: RowOptimizer,
+        std: float = 0.01,
+        seed: int = 0,
+        group: Group | None = None,
+        storage: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
+        self.group = group or current_group()
         self.dim, self.optimizer, self.std, self.seed = dim, optimizer, std, seed
-        self.register_buffer("weight", torch.zeros(1, dim))
-        for name, state in optimizer.init_state(self.weight).items():
+        self.register_buffer("weight", torch.empty(0, dim, dtype=storage))
+        for name, state in optimizer.init_state(torch.empty(0, dim)).items():
             self.register_buffer(name, state)
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self.rows_touched = 0
+        self.state_names = optimizer.state_names
+        if storage != torch.float32:
+            self.register_buffer("roundings", torch.zeros((), dtype=torch.int64))
+            self.state_names += ("roundings",)
+        if optimizer.decoupled:
+            # Logarithms of the decay of all steps so far, and of what each row has had of it.
+            self.register_buffer("decay", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("decayed", torch.empty(0))
+            self.state_names += ("decay", "decayed")
+        self._pending: list[tuple[Any, Tensor]] = []
+        self.rows = self.rows_touched = self.traffic = 0
         self.grow(rows)
-
-    @property
-    def rows(self) -> int:
-        """Rows of the table now."""
-        return self.weight.shape[0]
 
     def grow(self, rows: int) -> None:
         """Add rows at the end until there are `rows`; those that are there stay as they are."""
         first = self.rows
         if rows <= first:
             return
-        new = self._draw(rows - first, first)
-        self.weight = torch.cat([self.weight, new])
-        for name, state in self.optimizer.init_state(new).items():
-            setattr(self, name, torch.cat([getattr(self, name), state]))
+        self.settle()
+        places = self._held(rows)
+        for name, value in self.row_buffers().items():
+            grown = value.new_zeros(places, *value.shape[1:])
+            grown[: len(value)] = value
+            setattr(self, name, grown)
+        self.rows = rows
+        for start in range(0, places, CHUNK):
+            chunk = torch.arange(start, min(start + CHUNK, places))
+            self._begin(chunk[self.numbers(chunk) >= first])
 
     def renew(self, rows: Tensor) -> None:
-        """Make `rows`, int64, like new ones: drawn, and with no state of the optimizer."""
-        if len(rows):
-            new = self._draw(len(rows), int(rows.min()))
-            self.weight[rows] = new
-            for name, state in self.optimizer.init_state(new).items():
-                getattr(self, name)[rows] = state
+        """Make `rows`, int64, like new ones: drawn, but not as at first, and with no state of the optimizer."""
+        self.settle()
+        self._begin(self.places(rows), salt=1)
 
-    def _draw(self, rows: int, first: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + first)
-        return torch.randn(rows, self.dim, generator=generator).to(self.weight) * self.std
+    def _begin(self, places: Tensor, salt: int = 0) -> None:
+        """Draw the rows at `places` and give them a new row's state; the table is settled."""
+        drawn = initial_rows(self.numbers(places).numpy(), self.dim, self.seed, salt)
+        self.weight[places] = (torch.from_numpy(drawn) * self.std).to(self.weight)
+        for name, state in self.optimizer.init_state(self._wide(self.weight[places])).items():
+            getattr(self, name)[places] = state
+        if self.optimizer.decoupled:
+            self.decayed[places] = 0
+
+    def _held(self, rows: int) -> int:
+        """Places that this worker has for a table of `rows`."""
+        return rows
+
+    def numbers(self, places: Tensor) -> Tensor:
+        """The rows at this worker's `places`, int64: here, a row's place is its number."""
+        return places
+
+    def places(self, rows: Tensor) -> Tensor:
+        """The places of those of `rows`, int64, that this worker holds."""
+        return rows
+
+    def holds(self, rows: Tensor) -> Tensor:
+        """Which of `rows` this worker holds, bool."""
+        return torch.ones_like(rows, dtype=torch.bool)
+
+    def gather(self, name: str, rows: Tensor) -> Tensor:
+        """What buffer `name` has for `rows`, int64 [n]: [n, ...]. The table is settled."""
+        return getattr(self, name)[rows]
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """Values of `rows`, int64 [n], as of now: [n, dim]."""
+        return self._fetch(rows)[0]
+
+    def _fetch(self, rows: Tensor) -> tuple[Tensor, Any]:
+        """Values of `rows`, and what `_collect` needs to know of them."""
+        return self.read(rows), rows
+
+    def _collect(self, group: Group) -> tuple[Tensor, Tensor]:
+        """Rows that this worker is to update, and their gradients, of all workers and look-ups; rows may repeat."""
+        ids = [rows for rows, _ in self._pending] or [torch.empty(0, dtype=torch.int64, device=self.weight.device)]
+        gradients = [gradient_of(leaf) for _, leaf in self._pending] or [self._wide(self.weight[:0])]
+        return group.all_gather(torch.cat(ids)), group.all_gather(torch.cat(gradients))
+
+    def row_buffers(self) -> dict[str, Tensor]:
+        """What the table holds for each row, by name."""
+        return {name: value for name, value in self.named_buffers() if value.ndim}
+
+    def read(self, places: Tensor) -> Tensor:
+        """Values of the rows at `places` [n, dim], with the decay that they have missed."""
+        values = self._wide(self.weight[places])
+        return values * self._missed(places) if self.optimizer.decoupled else values
+
+    @staticmethod
+    def _wide(values: Tensor) -> Tensor:
+        """Stored values as the optimizer and the network take them."""
+        return values.float() if values.dtype == torch.bfloat16 else values
+
+    def _write(self, places: Tensor, values: Tensor) -> None:
+        """Store `values` [n, dim] of the rows at `places`."""
+        if self.weight.dtype == torch.bfloat16:
+            values = round_randomly(values, self.numbers(places), self.seed, self.roundings)
+        self.weight[places] = values
+
+    def _count_rounding(self) -> None:
+        if "roundings" in self.state_names:
+            self.roundings += 1
+
+    def _missed(self, places: Tensor) -> Tensor:
+        # As rounded in `decayed`: then the factors of a row's reads multiply to that of its whole time.
+        return (self.decay.to(self.decayed.dtype) - self.decayed[places]).exp_().unsqueeze(1)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give every row the decay that it has missed: before the weights are evaluated, exported or copied.
+
+        Unlike a step, this costs time in proportion to the table; nothing, if its rows miss none.
+        """
+        if self.optimizer.decoupled and self.decay:
+            self._count_rounding()
+            for start in range(0, len(self.weight), CHUNK):
+                end = min(start + CHUNK, len(self.weight))
+                places = torch.arange(start, end, device=self.weight.device)
+                self._write(places, self.read(places))
+            self.decayed.zero_()
+            self.decay.zero_()
 
     def forward(self, lookup: Lookup) -> Tensor:
         """Vectors of each value [n, dim], times its factor if there is one, or the mean of each bag [m, dim] (zeros for
         an empty one)."""
-        rows = self.weight[lookup.rows]
+        rows, route = self._fetch(lookup.rows)
         if torch.is_grad_enabled():
             rows.requires_grad_()
-            self._pending.append((lookup.rows, rows))
+            self._pending.append((route, rows))
         values = F.embedding(lookup.index, rows)
         if lookup.factors is not None:
             values = values * lookup.factors.to(values.dtype).unsqueeze(1)
@@ -83,28 +196,34 @@ class EmbeddingTable(nn.Module):
 
         The padding row never changes. Call it on every worker after the backward pass.
         """
-        if self._pending:
-            ids = torch.cat([rows for rows, _ in self._pending])
-            gradients = torch.cat(
-                [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for _, leaf in self._pending]
-            )
-        else:
-            ids = torch.empty(0, dtype=torch.int64, device=self.weight.device)
-            gradients = self.weight.new_empty(0, self.dim)
+        sent = group.sent
+        ids, gradients = self._collect(group)
+        self.traffic += group.sent - sent
         self._pending.clear()
-        ids, gradients = group.all_gather(ids), group.all_gather(gradients)
         ids, gradients = sum_rows(ids, gradients / group.size)
         keep = ids != PADDING
         ids, gradients = ids[keep], gradients[keep]
         self.rows_touched = len(ids)
-        state = {name: getattr(self, name) for name in self.optimizer.state_names}
-        self.optimizer.update(self.weight, state, ids, gradients, lr_scale)
+        self._update(self.places(ids), gradients, lr_scale)
+
+    def _update(self, places: Tensor, gradients: Tensor, lr_scale: float) -> None:
+        """One step of the optimizer on the rows at distinct `places`, with `gradients` [R, dim], and of the decay."""
+        if self.optimizer.decoupled:
+            self.decay += math.log(self.optimizer.shrink(lr_scale))
+        self._count_rounding()
+        values = self.read(places)
+        state = {name: getattr(self, name)[places] for name in self.optimizer.state_names}
+        self._write(places, self.optimizer.step(values, gradients, state, lr_scale))
+        if self.optimizer.decoupled:
+            state["decayed"] = self.decay.to(self.decayed.dtype)
+        for name, value in state.items():
+            getattr(self, name)[places] = value
 
 
 class Tables(nn.Module):
-    """Tables by the name of their field; any name will do, which `nn.ModuleDict` does not allow."""
+    """Tables, or other modules, by the name of their field; any will do, which `nn.ModuleDict` does not allow."""
 
-    def __init__(self, tables: dict[str, EmbeddingTable]) -> None:
+    def __init__(self, tables: dict[str, EmbeddingTable] | dict[str, nn.Linear]) -> None:
         super().__init__()
         self.names = tuple(tables)
         for name, table in tables.items():
@@ -139,9 +258,23 @@ def bag_mean(values: Tensor, offsets: Tensor) -> Tensor:
 
 
 def sum_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids, ascending, and the sum of each one's rows."""
+    """Distinct ids, ascending, and the sum of each one's rows, added in the order in which they stand."""
     distinct, inverse = torch.unique(ids, return_inverse=True)
+    if rows.is_cuda:  # where `index_add_` adds in any order, by which replicas would drift apart
+        return distinct, sum_runs(rows[inverse.argsort(stable=True)], inverse.bincount(minlength=len(distinct)))
     return distinct, rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, inverse, rows)
+
+
+def sum_runs(rows: Tensor, counts: Tensor) -> Tensor:
+    """The sums of the first `counts[0]` rows, of the `counts[1]` after them, and so on."""
+    if not len(counts):
+        return rows.new_zeros(0, rows.shape[1])
+    return torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True)
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """The gradient of a leaf; zeros if the loss did not depend on it."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def tables_of(module: nn.Module) -> list[EmbeddingTable]:

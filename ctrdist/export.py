@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file, save_file
 
 from ctrdist.batch import collate, load_text_table
 from ctrdist.config import from_dict, to_dict
@@ -16,6 +15,7 @@ from ctrdist.fields import load_encoders
 from ctrdist.items import Catalog
 from ctrdist.log import encode
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, NUMERIC, Schema
+from ctrdist.shards import read_state, save_whole
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -25,14 +25,16 @@ SERVES = "release.json"
 def save_click_model(model: ClickModel, folder: Path, optimizer_state: bool = True) -> None:
     """Write a click model: `model.safetensors`, and `model.json` from which it is built again.
 
+    Every worker calls it if the model's tables are spread over workers; the first one writes.
+
     Args:
         optimizer_state: with the state of the tables' optimizer, so that training can go on another day.
     """
-    names = _optimizer_state(model)
-    state = {
-        name: value.contiguous() for name, value in model.state_dict().items() if optimizer_state or name not in names
-    }
-    save_file(state, folder / WEIGHTS)
+    for table in model.tables.values():
+        table.settle()
+    save_whole(folder / WEIGHTS, model, model.group, () if optimizer_state else _optimizer_state(model))
+    if model.group.rank:
+        return
     description = {
         "config": to_dict(model.config),
         "fuse": to_dict(model.fuse) if model.fuse else None,
@@ -48,7 +50,8 @@ def load_click_model(
     """A click model as `save_click_model` wrote it, to score with or to train on.
 
     Args:
-        config: replaces how it is trained on; what it is must agree.
+        config: replaces how it is trained on; what it is must agree. Without it the tables are whole, to score with;
+            with another optimizer, they begin without the state of the old one.
         fuse: must agree, if given.
         seed: decides the rows that it grows by.
 
@@ -58,7 +61,7 @@ def load_click_model(
     description = json.loads((folder / DESCRIPTION).read_text())
     saved = from_dict(ClickConfig(), description["config"], str(folder / DESCRIPTION))
     saved_fuse = description["fuse"] and from_dict(FuseConfig(), description["fuse"], str(folder / DESCRIPTION))
-    wanted = [(f"--ctr.{name}", saved, config, name) for name in ("backbone", "dim", "networks")]
+    wanted = [(f"--ctr.{name}", saved, config, name) for name in ("backbone", "dim", "widths", "networks")]
     for option, mine, other, name in [*wanted, ("--fuse.hidden", saved_fuse, fuse, "hidden")]:
         if mine and other and to_dict(getattr(mine, name)) != to_dict(getattr(other, name)):
             raise UserError(
@@ -66,8 +69,9 @@ def load_click_model(
                 f"{to_dict(getattr(other, name))!r}; use the same, --from-scratch, or another --state"
             )
     fuse = fuse or saved_fuse
-    model = ClickModel(schema, description["sizes"], config or saved, description["text_dim"], fuse, seed)
-    missing, unexpected = model.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+    store = None if config else "replicated"
+    model = ClickModel(schema, description["sizes"], config or saved, description["text_dim"], fuse, seed, store)
+    missing, unexpected = model.load_state_dict(read_state(folder / WEIGHTS, model), strict=False)
     assert not unexpected and set(missing) <= _optimizer_state(model), (folder, missing, unexpected)
     return model.eval()
 
@@ -76,7 +80,7 @@ def _optimizer_state(model: ClickModel) -> set[str]:
     return {
         f"tables.{model.tables.key(name)}.{state}"
         for name, table in model.tables.items()
-        for state in table.optimizer.state_names
+        for state in table.state_names
     }
 
 

@@ -20,9 +20,12 @@ from ctrdist.errors import UserError
 from ctrdist.group import Group, attach_group
 from ctrdist.metrics import StreamingMetrics
 from ctrdist.optim import Precision, Schedule, learning_rate
+from ctrdist.sharded import is_collective
+from ctrdist.shards import read_state, save_state
 from ctrdist.tasks import Task
 
 Record = dict[str, float]
+LAST, BEST = "last.safetensors", "best.safetensors"
 
 
 @dataclass(frozen=True)
@@ -102,20 +105,23 @@ def fit(
         group: the workers that train together; alone if None.
         valid: this worker's share of the validation rows, anew at each call. Needs `task.predict`.
         resume: folder that an earlier `checkpoint` wrote; training goes on from there.
-        checkpoint: called on rank 0 with a function that writes a checkpoint to a folder.
+        checkpoint: called with a function that writes a checkpoint to a folder: on rank 0 or, if tables are spread over
+            the workers (`is_collective`), on every one of them at the same step, with one folder for all.
         record: called on rank 0 with metrics to log: step, epoch, loss terms, rows/s, share of time waiting for data.
 
     Raises:
         UserError: the loss is not finite.
     """
     group = group or Group()
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)  # what workers share without a tensor of their own goes through it
     if config.threads:
         torch.set_num_threads(config.threads)
     task = task.to(device)
     if config.precision == "float64":
         task.double()
     attach_group(task, group)
-    tables = tables_of(task)
+    tables, together = tables_of(task), is_collective(task)
     optimizer = make_optimizer(task)
     model = wrap(task, group, device)
     progress, best = Progress(), None
@@ -149,15 +155,21 @@ def fit(
         if ended:
             meter.flush()
             if valid is not None:
-                best = validate(task, valid, progress, config, group, device, best)
+                best = validate(task, valid, progress, config, group, device, best, batch)
                 meter.validated()
             progress.finished = progress.finished or progress.step >= total
-        if checkpoint and group.rank == 0 and (ended or time.monotonic() - saved_at > config.checkpoint_seconds):
+        due = ended or time.monotonic() - saved_at > config.checkpoint_seconds
+        if checkpoint and together:  # the first worker's clock counts
+            due = bool(group.all_reduce(torch.tensor(int(due and group.rank == 0), device=device)))
+        if checkpoint and due and (together or group.rank == 0):
             meter.flush()  # which refuses a loss that is not finite, before it is kept
-            checkpoint(partial(save_checkpoint, task=task, optimizer=optimizer, progress=progress, best=best), progress)
+            write = partial(save_checkpoint, task=task, optimizer=optimizer, progress=progress, best=best, group=group)
+            checkpoint(write, progress)
             saved_at = time.monotonic()
     if best is not None:
         task.load_state_dict(best)
+    for table in tables:
+        table.settle()
     task.eval()
     return progress
 
@@ -207,14 +219,22 @@ def validate(
     group: Group,
     device: str | torch.device,
     best: dict[str, Tensor] | None,
+    like: Any,
 ) -> dict[str, Tensor] | None:
-    """Score the validation rows of all workers and note the AUC; with patience, keep a copy of the best weights."""
+    """Score the validation rows of all workers and note the AUC; with patience, keep a copy of the best weights.
+
+    Args:
+        like: a batch of this task; only sharded tables need it, of which a worker without rows left must take part in
+            the look-ups of the others.
+    """
     task.eval()
+    for table in tables_of(task):
+        table.settle()
     metrics = StreamingMetrics()
-    for batch in prefetch(valid()):
-        if len(batch):
-            batch = batch.to(device)
-            metrics.update(batch.label.cpu().numpy(), task.predict(batch).cpu().numpy())
+    batches = (batch for batch in prefetch(valid()) if len(batch))
+    for batch in in_step(batches, like.empty(), group, device) if is_collective(task) else batches:
+        batch = batch.to(device)
+        metrics.update(batch.label.cpu().numpy(), task.predict(batch).cpu().numpy())
     total = group.all_reduce(torch.from_numpy(metrics.state).to(device)).cpu().numpy()
     metrics = StreamingMetrics()
     metrics.merge(total)
@@ -229,6 +249,15 @@ def validate(
         best = {name: value.detach().clone() for name, value in task.state_dict().items()}
     progress.finished = epoch - progress.best_epoch >= config.patience
     return best
+
+
+def in_step(batches: Iterator[Any], empty: Any, group: Group, device: str | torch.device) -> Iterator[Any]:
+    """The batches, and then `empty` for as long as another worker has some."""
+    while True:
+        batch = next(batches, None)
+        if not group.all_reduce(torch.tensor(int(batch is not None), device=device)):
+            return
+        yield empty if batch is None else batch
 
 
 class Meter:
@@ -298,12 +327,22 @@ class Meter:
 
 
 def save_checkpoint(
-    folder: Path, task: Task, optimizer: torch.optim.Optimizer, progress: Progress, best: dict[str, Tensor] | None
+    folder: Path,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    best: dict[str, Tensor] | None,
+    group: Group,
 ) -> None:
-    """Write weights, optimizer state, best weights and progress, as safetensors and JSON."""
-    save_file({name: value.contiguous() for name, value in unshared(task).items()}, folder / "last.safetensors")
+    """Write weights, optimizer state, best weights and progress, as safetensors and JSON.
+
+    Rank 0 calls it, or every worker if tables are spread over them; each then writes its rows (`ctrdist.shards`).
+    """
+    save_state(folder / LAST, unshared(task), task, group)
     if best is not None:
-        save_file({name: value.contiguous() for name, value in best.items()}, folder / "best.safetensors")
+        save_state(folder / BEST, best, task, group)
+    if group.rank:
+        return
     moments = {
         f"{index}.{name}": value
         for index, state in optimizer.state_dict()["state"].items()
@@ -316,16 +355,18 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, task: Task, optimizer: torch.optim.Optimizer
 ) -> tuple[Progress, dict[str, Tensor] | None]:
-    """Load what `save_checkpoint` wrote into task and optimizer; returns the progress and the best weights."""
-    task.load_state_dict(load_file(folder / "last.safetensors"), strict=False)
+    """Load what `save_checkpoint` wrote into task and optimizer; returns the progress and the best weights.
+
+    Every worker calls it, any number of them; of spread tables each reads the rows that it holds.
+    """
+    task.load_state_dict(read_state(folder / LAST, task), strict=False)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    best = folder / "best.safetensors"
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
-    return progress, load_file(best) if best.exists() else None
+    return progress, read_state(folder / BEST, task) if (folder / BEST).exists() else None
 
 
 def unshared(module: nn.Module) -> dict[str, Tensor]:

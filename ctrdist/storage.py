@@ -7,6 +7,7 @@ makes it exist. Readers see manifests only, so a process may die at any time and
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -20,6 +21,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ctrdist.errors import UserError
+from ctrdist.group import Group
 
 
 def filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
@@ -105,13 +107,21 @@ class State:
         return sorted(info.base_name for info in listing if info.type == fs.FileType.Directory)
 
     @contextmanager
-    def create(self, name: str, inputs: str = "", facts: dict[str, Any] | None = None) -> Iterator[Path]:
+    def create(
+        self, name: str, inputs: str = "", facts: dict[str, Any] | None = None, group: Group | None = None
+    ) -> Iterator[Path]:
         """A local folder to write output `name` into; it exists, and replaces an earlier one, when the block ends.
 
         `facts` may be filled within the block. On an exception nothing is left.
+
+        Args:
+            group: workers that write the output together, each in a block of its own; rank 0's facts count. What
+                another rank writes is named like `x-00002-of-00008.y`, by rank and size. A local state lies on a
+                filesystem that all of them have.
         """
         filesystem_, root = filesystem(self.uri)
-        folder = f"{name}.{uuid.uuid4().hex[:8]}"
+        group = group or Group()
+        folder = group.share(f"{name}.{uuid.uuid4().hex[:8]}")[0]
         local = Path(root) / folder if self.is_local else Path(tempfile.mkdtemp(prefix="ctrdist-"))
         try:
             local.mkdir(parents=True, exist_ok=True)
@@ -120,22 +130,26 @@ class State:
         before = self.find(name)
         try:
             yield local
-            files = {
+            own = {
                 str(path.relative_to(local)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
                 for path in sorted(local.rglob("*"))
-                if path.is_file()
+                if path.is_file() and (group.size == 1 or _writer(path) == group.rank)
             }
             if not self.is_local:
                 filesystem_.create_dir(f"{root}/{folder}")  # an output may have no files
                 fs.copy_files(str(local), f"{root}/{folder}", destination_filesystem=filesystem_)
-            manifest = Manifest(name, folder, inputs, files, facts or {})
-            self._write_object(f"{name}.json", json.dumps(manifest.__dict__, indent=1).encode())
+            files = {path: about for part in group.share(own) for path, about in part.items()}
+            if group.rank == 0:
+                manifest = Manifest(name, folder, inputs, dict(sorted(files.items())), facts or {})
+                self._write_object(f"{name}.json", json.dumps(manifest.__dict__, indent=1).encode())
         except BaseException:
-            shutil.rmtree(local, ignore_errors=True)
+            if group.rank == 0 or not self.is_local:  # rank 0 may have made the output exist already
+                shutil.rmtree(local, ignore_errors=True)
             raise
+        group.share(None)
         if not self.is_local:
             shutil.rmtree(local, ignore_errors=True)
-        if before is not None:
+        if before is not None and group.rank == 0:
             filesystem_.delete_dir(f"{root}/{before.folder}")
 
     def annotate(self, name: str, facts: dict[str, Any]) -> Manifest:
@@ -210,6 +224,12 @@ class State:
             return
         with filesystem_.open_output_stream(target) as stream:
             stream.write(content)
+
+
+def _writer(path: Path) -> int:
+    """The rank of the worker that wrote a file which several write together: the one in its name, or the first."""
+    numbers = re.search(r"-(\d{5})-of-\d{5}\.", path.name)
+    return int(numbers[1]) if numbers else 0
 
 
 def _sha256(path: Path) -> str:

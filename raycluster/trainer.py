@@ -16,6 +16,7 @@ from ray.train.torch import TorchTrainer, get_device
 
 from ctrdist.group import DistributedGroup, Group
 from ctrdist.loop import LoopConfig, Progress, Record, fit
+from ctrdist.sharded import is_collective
 from ctrdist.storage import Manifest, State
 from ctrdist.tasks import Task
 from raycluster.cluster import Plan, user_error
@@ -34,7 +35,7 @@ class Training:
         output: name of what it makes.
         inputs: fingerprint of what it is made from; checkpoints of another one are not used.
         task: builds the task, with its initial weights; the same on every worker.
-        save: writes the trained task to a folder.
+        save: writes the trained task to a folder; called on rank 0, or on every worker if tables are spread over them.
         loop: how to train.
         batch_size: rows of a global batch; a multiple of the number of workers.
         collate: an Arrow table of this worker's rows -> batch; for tasks on the log.
@@ -143,11 +144,12 @@ def _work(config: dict[str, Any]) -> None:
         return map(training.collate, blocks(ray.train.get_dataset_shard("valid"), max(share, 1024)))
 
     def save_checkpoint(write: Callable[[Path], None], progress: Progress) -> None:
-        with state.create(training.checkpoint, training.inputs, {"step": progress.step}) as folder:
+        with state.create(training.checkpoint, training.inputs, {"step": progress.step}, writers) as folder:
             write(folder)
 
     resume = state.find(training.checkpoint, training.inputs)
     task = training.task()
+    writers = group if is_collective(task) else Group()
     progress = fit(
         task,
         batches,
@@ -159,7 +161,7 @@ def _work(config: dict[str, Any]) -> None:
         checkpoint=save_checkpoint,
         record=Recorder(training.metrics),
     )
-    if group.rank == 0:
+    if group.rank == 0 or writers.size > 1:
         rows = round(training.facts["rows"] * progress.step / training.loop.steps_per_epoch)
         facts = training.facts | {
             "rows": rows,
@@ -169,7 +171,7 @@ def _work(config: dict[str, Any]) -> None:
             "data_wait": progress.waited / max(progress.seconds, 1e-9),
             "workers": group.size,
         }
-        with state.create(training.output, training.inputs, facts) as folder:
+        with state.create(training.output, training.inputs, facts, writers) as folder:
             training.save(task, folder)
     ray.train.report({"step": progress.step})
 

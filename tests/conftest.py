@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,28 +55,37 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def two_workers(tmp_path: Path) -> Callable[..., list[Any]]:
-    """`two_workers(function, *arguments)`: call a module-level `function(group, *arguments)` of the test's file in two
+def workers(tmp_path: Path) -> Callable[..., list[Any]]:
+    """`workers(size, function, *arguments)`: call a module-level `function(group, *arguments)` of the test's file in
     gloo processes; returns what each returned (tensors in dicts and lists). Arguments go through JSON."""
 
-    def call(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        file, outs = function.__code__.co_filename, [tmp_path / f"worker{rank}.pt" for rank in range(2)]
+    def call(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        file, outs = function.__code__.co_filename, [folder / f"worker{rank}.pt" for rank in range(size)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        start = [sys.executable, "-c", _WORKER, file, function.__name__, json.dumps(arguments), str(tmp_path / "store")]
-        workers = [
-            subprocess.Popen([*start, str(rank), "2", str(out)], env=environment, stderr=subprocess.PIPE, text=True)
+        start = [sys.executable, "-c", _WORKER, file, function.__name__, json.dumps(arguments), str(folder / "store")]
+        started = [
+            subprocess.Popen(
+                [*start, str(rank), str(size), str(out)], env=environment, stderr=subprocess.PIPE, text=True
+            )
             for rank, out in enumerate(outs)
         ]
         try:
-            errors = [worker.communicate(timeout=120)[1] for worker in workers]
+            errors = [worker.communicate(timeout=120)[1] for worker in started]
         finally:
-            for worker in workers:
+            for worker in started:
                 worker.kill()
-        for worker, error in zip(workers, errors, strict=True):
+        for worker, error in zip(started, errors, strict=True):
             assert worker.returncode == 0, error
         return [torch.load(out, weights_only=True) for out in outs]
 
     return call
+
+
+@pytest.fixture
+def two_workers(workers: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """`workers` of two."""
+    return partial(workers, 2)
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,13 @@ from ctrdist import backbones
 from ctrdist.backbones import BackboneConfigs, Inputs, Shape
 from ctrdist.backbones.base import all_fields
 from ctrdist.batch import Batch, Lookup
-from ctrdist.embedding import EmbeddingTable, Tables
-from ctrdist.errors import UserError
-from ctrdist.group import Group
+from ctrdist.embedding import Tables
+from ctrdist.errors import UserError, nearest
+from ctrdist.group import Group, current_group
 from ctrdist.losses import binary_cross_entropy
-from ctrdist.optim import Precision, RowAdam, Schedule, split_decay
+from ctrdist.optim import ROW_OPTIMIZERS, Precision, Schedule, split_decay
 from ctrdist.schema import ITEM_ID, Schema
+from ctrdist.sharded import Store, choose_store
 from ctrdist.tasks import Task
 from ctrdist.vocabulary import UNKNOWN
 
@@ -27,7 +28,8 @@ class ClickConfig:
 
     Args:
         backbone: name of a network, a file of `ctrdist/backbones/`.
-        dim: d, the width of every field.
+        dim: d, the width of every field in the network.
+        widths: `field=width` for fields whose table has another width than d; a learned matrix brings them to d.
         epochs: passes over the training days.
         warm_epochs: the same, for a day that starts from the day before.
         patience: stop after this many epochs without a better validation AUC, and keep the best epoch's weights; 0
@@ -39,17 +41,24 @@ class ClickConfig:
         lr: learning rate of the network.
         weight_decay: AdamW's, on the network's matrices.
         table_lr: learning rate of the embedding tables.
-        table_decay: L2 coefficient on the rows a batch touches.
+        table_decay: L2 coefficient on the rows a batch touches; for `adamw`, decay of every row at every step.
+        table_optimizer: `adam`, `adamw`, row-wise `adagrad` (one number a row), or `sgd` (none).
+        table_store: `replicated`: every worker has the tables. `sharded`: each has some of their rows. `auto`:
+            replicated if they fit into `table_memory_gib`, with their optimizer's state.
+        table_memory_gib: memory of a worker for tables.
+        table_precision: of the tables' weights at rest. `bfloat16` takes half the memory for them; their optimizer
+            computes in float32 in any case, and keeps its state in it.
         schedule: course of both learning rates over all epochs.
         warmup: share of the steps over which they rise.
         unknown_share: share of a batch's items whose id is taken for unknown in training, so that the unknown row, and
             what the network makes of an item without an id of its own, are trained.
-        precision: of the network's arithmetic; embeddings are float32 in any case.
+        precision: of the network's arithmetic; embeddings enter it in float32 in any case.
         networks: hyper-parameters of the backbones, by name.
     """
 
     backbone: str = "din"
     dim: int = 16
+    widths: tuple[str, ...] = ()
     epochs: int = 4
     warm_epochs: int = 1
     patience: int = 0
@@ -59,6 +68,10 @@ class ClickConfig:
     weight_decay: float = 1e-2
     table_lr: float = 1e-3
     table_decay: float = 1e-2
+    table_optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
+    table_store: Store = "auto"
+    table_memory_gib: float = 8.0
+    table_precision: Literal["float32", "bfloat16"] = "float32"
     schedule: Schedule = "linear"
     warmup: float = 0.0
     unknown_share: float = 0.1
@@ -117,6 +130,7 @@ class ClickModel(Task):
         text_dim: width of the text table; 0 for an ID model (eq. 7).
         fuse: the text field, for a fused model.
         seed: decides the initial weights.
+        store: where the tables are, other than the configuration says.
     """
 
     def __init__(
@@ -127,6 +141,7 @@ class ClickModel(Task):
         text_dim: int = 0,
         fuse: FuseConfig | None = None,
         seed: int = 0,
+        store: Store | None = None,
     ) -> None:
         super().__init__()
         self.group = Group()
@@ -135,26 +150,39 @@ class ClickModel(Task):
         self.item_names = [f.name for f in schema.item]
         # A field's weight of the first order, for backbones that have them, is one more column of its table.
         self.columns = config.dim + backbones.network(config.backbone).first_order
-        optimizer = RowAdam(lr=config.table_lr, weight_decay=config.table_decay)
+        optimizer = ROW_OPTIMIZERS[config.table_optimizer](lr=config.table_lr, weight_decay=config.table_decay)
+        names, storage = self.row_names + self.item_names, getattr(torch, config.table_precision)
+        widths = dict.fromkeys(names, self.columns) | field_widths(config, names)
+        kind = choose_store(
+            store or config.table_store,
+            [(sizes[name], widths[name]) for name in names],
+            optimizer,
+            config.table_memory_gib,
+            current_group().size,
+            storage,
+        )
+        self.tables = Tables(
+            {
+                name: kind(sizes[name], widths[name], optimizer, seed=seed * 100 + position, storage=storage)
+                for position, name in enumerate(names)
+            }
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.tables = Tables(
-                {
-                    name: EmbeddingTable(sizes[name], self.columns, optimizer, seed=seed * 100 + position)
-                    for position, name in enumerate(self.row_names + self.item_names)
-                }
-            )
             history_fields = len(self.item_names) + (text_dim > 0) if schema.history_length else 0
             fields = len(self.row_names) + len(self.item_names) + (text_dim > 0)
             self.backbone = backbones.build(config.backbone, Shape(fields, history_fields, config.dim), config.networks)
             self.text_field = TextField(text_dim, config.dim, self.fuse) if self.fuse else None
             if self.fuse and self.columns > config.dim:
                 self.text_weight = nn.Linear(config.dim, 1, bias=False)
+            self.projections = Tables(
+                {n: nn.Linear(w, self.columns, bias=False) for n, w in widths.items() if w != self.columns}
+            )
         self.target = tuple(range(len(self.row_names), fields)) if schema.history_length else ()
 
     def inputs(self, batch: Batch) -> Inputs:
         """Look up and join every field of a batch. Each distinct item is embedded once."""
-        rows = [self.tables[name](batch.row_fields[name]) for name in self.row_names]
+        rows = [self.project(name, self.tables[name](batch.row_fields[name])) for name in self.row_names]
         items = torch.stack([self.item_vectors(name, batch.item_fields[name]) for name in self.item_names], 1)
         if self.text_field is not None:
             text = self.text_field(batch.text.to(items.dtype))
@@ -171,8 +199,15 @@ class ClickModel(Task):
             inputs = Inputs(fields, history, mask, self.target, first_order)
         return inputs
 
+    def project(self, name: str, vectors: Tensor) -> Tensor:
+        """Vectors of a field as its table has them [n, width], as the network takes them [n, columns]."""
+        return self.projections[name](vectors) if name in self.projections.names else vectors
+
     def item_vectors(self, name: str, lookup: Lookup) -> Tensor:
-        """An item field of U items [U, d]; in training, some items' ids are unknown."""
+        """An item field of U items [U, columns]; in training, some items' ids are unknown."""
+        return self.project(name, self._item_vectors(name, lookup))
+
+    def _item_vectors(self, name: str, lookup: Lookup) -> Tensor:
         vectors = self.tables[name](lookup)
         if name != ITEM_ID or not self.training or not self.config.unknown_share:
             return vectors
@@ -211,8 +246,27 @@ class ClickModel(Task):
     @torch.no_grad()
     def item_embeddings(self, item_fields: dict[str, Lookup]) -> Tensor:
         """The item side of U items, text left out, joined: [U, F_item * d] (CELA, eq. 8)."""
-        vectors = [self.tables[name](item_fields[name])[:, : self.config.dim] for name in self.item_names]
+        vectors = [
+            self.project(name, self.tables[name](item_fields[name]))[:, : self.config.dim] for name in self.item_names
+        ]
         return torch.cat(vectors, 1)
+
+
+def field_widths(config: ClickConfig, names: list[str]) -> dict[str, int]:
+    """The widths that a configuration gives to fields, by name.
+
+    Raises:
+        UserError: no such field, or not a width.
+    """
+    widths = {}
+    for text in config.widths:
+        name, _, width = text.rpartition("=")
+        if name not in names:
+            raise UserError(f"ctr.widths: '{text}': {nearest(name, names)}; expected field=width")
+        if not width.isdigit() or not int(width):
+            raise UserError(f"ctr.widths: '{text}': '{width}' is not a width; expected such as {name}=8")
+        widths[name] = int(width)
+    return widths
 
 
 def table_sizes(vocabularies: dict[str, Any], schema: Schema) -> dict[str, int]:

@@ -5,11 +5,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctrdist.batch import Lookup
-from ctrdist.embedding import EmbeddingTable, bag_mean, sum_rows, tables_of
+from ctrdist.embedding import EmbeddingTable, bag_mean, sum_rows, sum_runs, tables_of
 from ctrdist.group import Group
 from ctrdist.items import Ragged
 from ctrdist.losses import global_mean
-from ctrdist.optim import RowAdam
+from ctrdist.optim import ROW_OPTIMIZERS, RowAdam
 
 STATE = ("weight", "exp_avg", "exp_avg_sq", "steps")
 
@@ -176,6 +176,13 @@ def test_sum_rows():
     assert distinct.shape == (0,) and sums.shape == (0, 2)
 
 
+@pytest.mark.parametrize("ids", [[7, 2, 7, 7, 0, 2], [3], [], [5] * 40, list(range(30)) * 3])
+def test_runs_are_summed_as_rows_are(ids: list[int]):
+    ids, values = torch.tensor(ids, dtype=torch.int64), noise(len(ids), 2)
+    _, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    assert torch.equal(sum_runs(values[inverse.argsort(stable=True)], counts), sum_rows(ids, values)[1])
+
+
 def test_growing_keeps_rows_and_their_state():
     table = table_of(4, lr=0.1)
     table(lookup(1, 3)).sum().backward()
@@ -204,6 +211,14 @@ def test_weights_follow_the_seed():
     assert first[1:].std().item() == pytest.approx(0.5, rel=0.05) and abs(first[1:].mean().item()) < 0.02
 
 
+def test_a_table_that_grew_has_the_rows_of_one_made_at_once():
+    whole = EmbeddingTable(70_000, 2, RowAdam(), seed=3).weight
+    table = EmbeddingTable(5, 2, RowAdam(), seed=3)
+    for rows in (6, 1023, 1024, 1025, 3000, 70_000):
+        table.grow(rows)
+        assert torch.equal(table.weight, whole[:rows]) and len(table.steps) == rows
+
+
 class Allocations(TorchDispatchMode):
     """Notes the size of every tensor that an operation makes (in-place results are no new tensors)."""
 
@@ -220,14 +235,15 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-def test_a_step_makes_nothing_of_the_tables_size():
-    table = EmbeddingTable(100_000, 4, RowAdam(weight_decay=0.1))
-    places = {name: getattr(table, name).data_ptr() for name in STATE}
+@pytest.mark.parametrize("rule", ROW_OPTIMIZERS)
+def test_a_step_makes_nothing_of_the_tables_size(rule: str):
+    table = EmbeddingTable(100_000, 4, ROW_OPTIMIZERS[rule](weight_decay=0.1))
+    places = {name: buffer.data_ptr() for name, buffer in table.named_buffers()}
     with Allocations() as seen:
         table(lookup(5, 77_000, 5)).sum().backward()
         table.push(Group())
     assert seen.count > 10 and seen.largest <= 12
-    assert places == {name: getattr(table, name).data_ptr() for name in STATE}
+    assert places == {name: buffer.data_ptr() for name, buffer in table.named_buffers()}
     with Allocations() as seen:
         table.weight * 2
     assert seen.largest == 400_000
@@ -248,6 +264,8 @@ def test_renewed_rows_are_like_new_and_others_stay():
     drawn = table.weight[[4, 6]]
     assert not torch.isin(drawn, before["weight"]).any() and drawn.abs().max() < 6 * table.std
     table.renew(torch.empty(0, dtype=torch.int64))
+    table.renew(torch.tensor([0]))
+    assert not table.weight[0].any()
 
 
 def test_tables_of_finds_all_and_ddp_would_see_none():

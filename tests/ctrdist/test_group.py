@@ -86,6 +86,48 @@ def test_two_workers(two_workers):
         assert worker[-1]["scalar"].item() == 2.5 + 3.5
 
 
+COUNTS = [[[1, 2], [0, 3]], [[0, 0], [0, 0]], [[0, 4], [0, 0]], [[2, 0], [5, 0]]]
+
+
+def exchanges(group: Group, cases: list[list[list[int]]]) -> list[dict[str, Tensor]]:
+    """For each matrix of how much each worker has for each: what arrives, and the bytes that were sent for it."""
+    out = []
+    for counts in cases:
+        own, before = counts[group.rank], group.sent
+        received = group.exchange(torch.tensor(own)).tolist()
+        counted = group.sent - before
+        values = torch.arange(2 * sum(own), dtype=torch.float32).view(-1, 2) + 100 * group.rank
+        for value in (values, values[:, 0].long()):
+            before = group.sent
+            found = group.all_to_all(value, own, received)
+            out.append({"received": torch.tensor(received), "found": found, "sent": group.sent - before,
+                        "counted": counted})  # fmt: skip
+    return [*out, {"shared": group.share({"rank": group.rank, "text": "é"})}]
+
+
+def test_two_workers_exchange_rows(two_workers):
+    found = two_workers(exchanges, COUNTS)
+    for case, counts in enumerate(COUNTS):
+        for rank, worker in enumerate(found):
+            pieces = []
+            for source in range(2):
+                values = torch.arange(2 * sum(counts[source]), dtype=torch.float32).view(-1, 2) + 100 * source
+                pieces.append(values[: counts[source][0]] if rank == 0 else values[counts[source][0] :])
+            expected = torch.cat(pieces)
+            for at, (value, size) in enumerate(((expected, 8), (expected[:, 0].long(), 8))):
+                part = worker[2 * case + at]
+                assert torch.equal(part["found"], value) and part["found"].dtype == value.dtype
+                assert part["received"].tolist() == [row[rank] for row in counts]
+                assert part["sent"] == size * counts[rank][1 - rank] and part["counted"] == 8
+    assert [worker[-1]["shared"] for worker in found] == [[{"rank": rank, "text": "é"} for rank in range(2)]] * 2
+
+
+def test_alone_everything_stays_here():
+    group, value = Group(), rows(3, 2)
+    assert group.all_to_all(value, [3], [3]) is value and group.exchange(torch.tensor([3])).tolist() == [3]
+    assert group.share("x") == ["x"] and group.sent == 0
+
+
 @pytest.mark.parametrize("count", [0, 3])
 def test_one_worker_alone(count: int):
     group, value = Group(), rows(count, 2)

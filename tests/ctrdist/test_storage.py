@@ -1,6 +1,7 @@
 import hashlib
 import json
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from pyarrow import fs
 
 from ctrdist import storage
 from ctrdist.errors import UserError
+from ctrdist.group import Group
 from ctrdist.storage import State, filesystem, fingerprint
 
 
@@ -207,3 +209,71 @@ def test_fingerprint_depends_on_content_only():
     assert fingerprint(Path("/a")) == fingerprint("/a")
     different = [fingerprint(*parts) for parts in [("a", "b"), ("ab",), ("b", "a"), (["a", "b"],), (1,), ("1",)]]
     assert len(set(different)) == len(different) and all(len(digits) == 16 for digits in different)
+
+
+class Two(Group):
+    """One of two workers in threads of this process, for outputs that they write together."""
+
+    def __init__(self, rank: int, shelf: list, barrier: threading.Barrier) -> None:
+        self.rank, self.size, self.shelf, self.barrier = rank, 2, shelf, barrier
+
+    def share(self, value):
+        self.shelf[self.rank] = value
+        self.barrier.wait(10)
+        out = list(self.shelf)
+        self.barrier.wait(10)
+        return out
+
+
+def together(state: State, body) -> list:
+    """Both workers' `body(rank, folder)` in one output, and what each raised."""
+    barrier, shelf, raised = threading.Barrier(2), [None, None], [None, None]
+
+    def work(rank: int) -> None:
+        try:
+            with state.create("both", "in", {"rank": rank}, Two(rank, shelf, barrier)) as folder:
+                body(rank, folder)
+        except Exception as error:
+            raised[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def write_parts(rank: int, folder: Path) -> None:
+    (folder / f"x-{rank:05d}-of-00002.bin").write_bytes(b"ab" * (rank + 1))
+    if rank == 0:
+        (folder / "rest.json").write_text("{}")
+
+
+def test_two_workers_write_one_output(state):
+    for _ in range(2):
+        assert together(state, write_parts) == [None, None]
+        manifest = state.find("both", "in")
+        assert manifest.facts == {"rank": 0}
+        assert list(manifest.files) == ["rest.json", "x-00000-of-00002.bin", "x-00001-of-00002.bin"]
+        assert manifest.files["x-00001-of-00002.bin"]["bytes"] == 4
+        folder = state.local("both")
+        assert {path.name for path in folder.iterdir()} == set(manifest.files)
+        assert (folder / "x-00001-of-00002.bin").read_bytes() == b"abab"
+        assert len(objects(state)) == 4, "the earlier one is gone"
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_where_one_of_two_fails_the_earlier_output_stays(state, failing: int):
+    together(state, write_parts)
+    before = state.find("both")
+
+    def fail(rank: int, folder: Path) -> None:
+        write_parts(rank, folder)
+        if rank == failing:
+            raise KeyError("the disk is full")
+
+    raised = together(state, fail)
+    assert isinstance(raised[failing], KeyError) and isinstance(raised[1 - failing], threading.BrokenBarrierError)
+    assert state.find("both") == before and state.local("both").exists()

@@ -11,6 +11,7 @@ from ctrdist.backbones import NAMES, BackboneConfigs
 from ctrdist.backbones.dcnv2 import Config as DCNv2Config
 from ctrdist.batch import Batch, Lookup, collate
 from ctrdist.embedding import tables_of
+from ctrdist.errors import UserError
 from ctrdist.group import Group
 from ctrdist.items import Catalog, Ragged
 from ctrdist.schema import Field, Schema
@@ -258,3 +259,55 @@ def test_a_share_of_items_is_shown_as_unknown_in_training_only():
     assert torch.equal(shown[1:][~unknown], table.weight[2].expand(int((~unknown).sum()), -1))
     model.eval()
     assert torch.equal(model.item_vectors("item_id", lookup)[1:], table.weight[2].expand(count, -1))
+
+
+WIDTHS = ("user_id=7", "item_id=2", "genres=4")
+
+
+def test_fields_may_have_widths_of_their_own():
+    batch, _ = world()
+    model = ClickModel(SCHEMA, SIZES, ClickConfig(backbone="din", dim=D, widths=WIDTHS)).eval()
+    assert {name: table.dim for name, table in model.tables.items()} == {
+        "user_id": 7, "tags": D, "hour": D, "item_id": 2, "genres": 4,
+    }  # fmt: skip
+    assert set(model.projections.names) == {"user_id", "item_id"}
+    inputs = model.inputs(batch)
+    lookup = batch.row_fields["user_id"]
+    users = model.tables["user_id"].weight[lookup.rows[lookup.index]]
+    torch.testing.assert_close(inputs.fields[:, 0], users @ model.projections["user_id"].weight.T)
+    items = model.item_embeddings(batch.item_fields)
+    assert items.shape == (len(batch.items), 2 * D)
+    torch.testing.assert_close(inputs.fields[:, 3:].flatten(1), items[batch.target])
+    assert not items[0].any(), "padding stays zero"
+    for table in model.tables.values():
+        table._pending.clear()
+    model.train()
+    model(batch)["loss"].backward()
+    for name in model.projections:
+        assert model.projections[name].weight.grad.any()
+    before = {name: table.weight.clone() for name, table in model.tables.items()}
+    for name, table in model.tables.items():
+        table.push(Group())
+        assert not torch.equal(table.weight, before[name])
+
+
+def test_without_widths_of_their_own_nothing_is_projected():
+    plain = ClickModel(SCHEMA, SIZES, ClickConfig(backbone="din", dim=D))
+    same = ClickModel(SCHEMA, SIZES, ClickConfig(backbone="din", dim=D, widths=("tags=4",)))
+    assert plain.state_dict().keys() == same.state_dict().keys()
+    assert all(torch.equal(value, same.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("user=8", "ctr.widths: 'user=8': did you mean 'user_id'"),
+        ("user_id", "ctr.widths: 'user_id': known"),
+        ("user_id=", "'' is not a width; expected such as user_id=8"),
+        ("user_id=0", "'0' is not a width"),
+        ("user_id=-4", "'-4' is not a width"),
+    ],
+)
+def test_widths_that_make_no_sense(text: str, match: str):
+    with pytest.raises(UserError, match=match):
+        ClickModel(SCHEMA, SIZES, ClickConfig(widths=(text,)))
