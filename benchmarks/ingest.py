@@ -2,8 +2,8 @@
 
 One synthetic log of 10 fields and histories of 20 is made, checked and encoded by the job's own pieces. Three readers
 then go over the same row groups in one run: `read` only reads the columns, `plain` also encodes and joins batches in
-one process, `ray` does the same through Ray Data as a training worker gets it. Memory is the peak over all processes,
-at N and at 10 N rows; Ray's object store is small, and what it had to spill to disk is counted.
+one process, `ray` does the same through Ray Data as the workers of a training get it, one a core. Memory is the peak
+over all processes, at N and at 10 N rows; Ray's object store is small, and what it had to spill to disk is counted.
 
 Beside it the vocabulary of as many users as a large company has: built from counts, grown by a day, and asked for rows,
 against a Python dictionary in the same run.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -164,13 +164,35 @@ def plain(reader: LogReader, groups: list, batch: int) -> Iterator[int]:
                 yield len(collate(table.slice(start, batch), schema, catalog))
 
 
-def through_ray(reader: LogReader, groups: list, batch: int) -> Iterator[int]:
-    """The same by Ray Data, as the one worker of a training gets it."""
+def through_ray(reader: LogReader, groups: list, batch: int, workers: int) -> tuple[int, float, float]:
+    """The same by Ray Data, as the workers of a training get it; rows, seconds until the first batch, and in all."""
+    began, rows, share = time.time(), sum(group.rows for group in groups), batch // workers
+    together, _ = ingest.deal(rows, batch)
+    stream = ingest.stream(reader, plan_epoch(groups, rows, batch * together, None), share * together)
+    shares = ingest.InOrder().configure({"train": stream}, workers, None, None)
+    calls = [(reader, own["train"], share, together) for own in shares]
+    counts, first, last = zip(*cluster.in_parallel(consume, calls, cpus=0), strict=True)
+    return sum(counts), min(first) - began, max(last) - began
+
+
+def consume(reader: LogReader, shard: Any, share: int, together: int) -> tuple[int, float, float]:
+    """One worker: rows, and the times of its first and its last batch."""
     schema, _, catalog = reader.open()
-    stream = ingest.stream(reader, plan_epoch(groups, 0, 1, None), batch)
-    (share,) = ingest.InOrder().configure({"train": stream}, 1, None, None)
-    for table in ingest.blocks(share["train"], batch):
-        yield len(collate(table, schema, catalog))
+    rows, first = 0, 0.0
+    for block in ingest.blocks(shard, share * together):
+        for table in ingest.split(block, together):
+            rows += len(collate(table, schema, catalog))
+            first = first or time.time()
+    return rows, first, time.time()
+
+
+def in_process(run: Callable[..., Iterator[int]], reader: LogReader, groups: list, batch: int) -> tuple:
+    """What `through_ray` returns, of a loop in this process."""
+    began, rows, first = time.time(), 0, 0.0
+    for count in run(reader, groups, batch):
+        first = first or time.time() - began
+        rows += count
+    return rows, first, time.time() - began
 
 
 def large_vocabulary(options: Options, folder: Path) -> dict[str, float]:
@@ -213,17 +235,7 @@ def large_vocabulary(options: Options, folder: Path) -> dict[str, float]:
     return out
 
 
-READERS = {"read": read_only, "plain": plain, "ray": through_ray}
-
-
-def timed(run: Callable[[], Iterator[int]], rows: int) -> tuple[float, float]:
-    """Seconds until the first batch, and in all; every row must come."""
-    began, seen, first = time.perf_counter(), 0, 0.0
-    for count in run():
-        first = first or time.perf_counter() - began
-        seen += count
-    assert seen == rows, f"{seen} rows of {rows}"
-    return first, time.perf_counter() - began
+READERS = {"read": partial(in_process, read_only), "plain": partial(in_process, plain), "ray": through_ray}
 
 
 def main(options: Options) -> None:
@@ -243,7 +255,9 @@ def main(options: Options) -> None:
             prepared = {"write_s": written - began, "check_s": checked - written, "check_mib": memory.close() / 2**20}
             for name in options.readers:
                 memory, cores = cluster.PeakMemory(every=0.5), cpus if name == "ray" else 1
-                first, seconds = timed(partial(READERS[name], reader, groups, options.batch_size), rows)
+                workers = {"workers": cpus} if name == "ray" else {}
+                seen, first, seconds = READERS[name](reader, groups, options.batch_size, **workers)
+                assert seen == rows, f"{seen} rows of {rows}"
                 # Ray Data takes seconds to start, once a training; what counts is its speed from then on.
                 speed = rows / (seconds - (first if name == "ray" else 0))
                 peak = memory.close() / 2**20

@@ -407,11 +407,11 @@ def plan_epoch(
     chunk_rows: int = 32768,
     by_day: bool = False,
 ) -> list[Chunk]:
-    """An epoch over `groups` as chunks, ending in fillers that make it a whole number of global batches.
+    """An epoch over `groups` as chunks, ending in fillers that make it a multiple of `batch_size` rows.
 
     Args:
         rows: good rows in `groups`.
-        batch_size: rows of a global batch.
+        batch_size: rows of a global batch, or of several that are dealt together.
         seed: decides the order of chunks and of rows within each; None keeps the order of the log.
         by_day: days stay in the order of `groups`; only chunks of one day, and their rows, change places.
     """

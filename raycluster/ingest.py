@@ -52,6 +52,25 @@ def _open(state: str, output: str) -> tuple[Schema, dict[str, Encoder], Catalog]
     return schema, load_encoders(folder / "vocabulary"), Catalog.load(folder / "catalog", schema)
 
 
+BATCHES_A_BLOCK = 16
+"""At most so many of a worker's batches travel as one block: Ray takes milliseconds for a block, however small."""
+
+
+def deal(rows: int, batch_size: int, most: int = BATCHES_A_BLOCK) -> tuple[int, int]:
+    """How an epoch is dealt: batches a block, at most `most`, and steps an epoch, a multiple of them.
+
+    Blocks are as even as can be, so that the fillers of the last one are few.
+
+    Args:
+        rows: good rows of the epoch.
+        batch_size: rows of a global batch.
+    """
+    steps = -(-rows // batch_size)
+    blocks_ = -(-steps // most)
+    together = -(-steps // blocks_)
+    return together, together * blocks_
+
+
 def stream(reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tuple[str, ...] = ()) -> ray.data.Dataset:
     """The chunks' rows, encoded, in the chunks' order.
 
@@ -73,8 +92,8 @@ def stream(reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tu
 class InOrder(DataConfig):
     """Deals blocks to the training workers in turn, all of them: worker r of W gets blocks r, r + W, r + 2 W, ...
 
-    Blocks hold one worker's share of one global batch, so every number of workers sees the same global batches.
-    Ray's default would even the shares out by dropping rows.
+    A block holds one worker's shares of k global batches (`deal`), of which `split` makes batches. Ray's default would
+    even the shares out by dropping rows.
     """
 
     def configure(self, datasets, world_size, worker_handles, worker_node_ids, **_kwargs):
@@ -126,8 +145,20 @@ def _pieces(groups: list[RowGroup], rows: int = 65536) -> list[list[RowGroup]]:
     return [piece for piece in pieces if piece]
 
 
-def blocks(shard: ray.data.DataIterator, rows: int):
+def blocks(shard: ray.data.DataIterator, rows: int) -> Iterator[pa.Table]:
     """A worker's blocks as Arrow tables of `rows` rows (the last may be shorter)."""
     for table in shard.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=2):
         assert isinstance(table, pa.Table)
         yield table
+
+
+def split(block: pa.Table, batches: int) -> Iterator[pa.Table]:
+    """A block as `batches` batches: each has every `batches`-th row, from another one on.
+
+    So the j-th global batch of the W blocks that are dealt together has the rows j, j + k, j + 2 k, ... of them, the
+    same for any number of workers.
+    """
+    order = np.arange(block.num_rows).reshape(-1, batches).T.ravel()
+    dealt, share = block.take(pa.array(order)) if batches > 1 else block, block.num_rows // batches
+    for start in range(0, block.num_rows, share):
+        yield dealt.slice(start, share)

@@ -20,7 +20,7 @@ from ctrdist.sharded import is_collective
 from ctrdist.storage import Manifest, State
 from ctrdist.tasks import Task
 from raycluster.cluster import Plan, user_error
-from raycluster.ingest import InOrder, blocks
+from raycluster.ingest import InOrder, blocks, split
 
 MAX_FAILURES = 3
 """How often a training is started again after a worker died."""
@@ -40,7 +40,7 @@ class Training:
         batch_size: rows of a global batch; a multiple of the number of workers.
         collate: an Arrow table of this worker's rows -> batch; for tasks on the log.
         train_stream: the training rows from an epoch (from 0) to the last one, as a Ray Dataset whose blocks are one
-            worker's share of a global batch each; for tasks on the log.
+            worker's share of `batches_a_block` global batches each; for tasks on the log.
         valid_stream: the validation rows; for tasks on the log.
         batches: (rank, workers, step) -> this worker's batches; for tasks on the items.
         facts: what the output's manifest should say besides; `rows` are those of an epoch, and become those trained on.
@@ -56,6 +56,7 @@ class Training:
     batch_size: int
     collate: Callable[[Any], Any] | None = None
     train_stream: Callable[[int], "ray.data.Dataset"] | None = None
+    batches_a_block: int = 1
     valid_stream: Callable[[], "ray.data.Dataset"] | None = None
     batches: Callable[[int, int, int], Iterator[Any]] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -137,8 +138,10 @@ def _work(config: dict[str, Any]) -> None:
         if training.batches:
             return training.batches(group.rank, group.size, step)
         # The stream begins with the epoch: what a checkpoint has behind it is read and dropped.
-        done = step % training.loop.steps_per_epoch
-        return map(training.collate, islice(blocks(ray.train.get_dataset_shard("train"), share), done, None))
+        done, together = step % training.loop.steps_per_epoch, training.batches_a_block
+        dealt = blocks(ray.train.get_dataset_shard("train"), share * together)
+        tables = (table for block in dealt for table in split(block, together))
+        return map(training.collate, islice(tables, done, None))
 
     def valid() -> Iterator[Any]:
         return map(training.collate, blocks(ray.train.get_dataset_shard("valid"), max(share, 1024)))

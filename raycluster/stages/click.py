@@ -56,8 +56,12 @@ def train_click(
     batch = config.batch_size
     training_groups, validation_groups = day.groups(days), day.groups(day.window.valid)
     share = batch // day.plan.workers
+    most = ingest.BATCHES_A_BLOCK
+    if config.order == "chronological":  # a block's batches are of its rows in any order: no more than a day's
+        most = max(1, min(most, min(read.total((d,)) for d in days) // batch))
+    together, steps = ingest.deal(rows, batch, most)
     loop = LoopConfig(
-        steps_per_epoch=-(-rows // batch),
+        steps_per_epoch=steps,
         epochs=epochs,
         patience=config.patience,
         schedule=config.schedule,
@@ -76,8 +80,11 @@ def train_click(
             task=partial(_click_task, reader, config, fuse, text and text.name, start, seed),
             save=save_click_model,
             collate=partial(encoded_batch, reader, text and text.name),
-            train_stream=partial(_train_stream, reader, training_groups, config, rows, share, seed, epochs),
-            valid_stream=partial(_valid_stream, reader, validation_groups, max(share, 1024)),
+            train_stream=partial(
+                _train_stream, reader, training_groups, config, rows, batch * together, share * together, seed, epochs
+            ),
+            batches_a_block=together,
+            valid_stream=partial(_valid_stream, reader, validation_groups, 8 * max(share, 1024)),
             facts={"rows": rows, "epochs": epochs, "read": read.output.name},
             metrics=metrics_file,
         )
@@ -113,16 +120,24 @@ def encoded_batch(reader: LogReader, text: str | None, table: Any) -> Batch:
 
 
 def _train_stream(
-    reader: LogReader, groups: list, config: ClickConfig, rows: int, share: int, seed: int, epochs: int, first: int
+    reader: LogReader,
+    groups: list,
+    config: ClickConfig,
+    rows: int,
+    dealt: int,
+    block_rows: int,
+    seed: int,
+    epochs: int,
+    first: int,
 ):
-    """The rows of the epochs from `first` on, in blocks of one worker's share of a global batch."""
+    """The rows of the epochs from `first` on, in blocks of one worker's; `dealt` rows go round all workers once."""
     by_day = config.order == "chronological"
     chunks = [
         chunk
         for epoch in range(first, epochs)
-        for chunk in plan_epoch(groups, rows, config.batch_size, (seed, epoch), by_day=by_day)
+        for chunk in plan_epoch(groups, rows, dealt, (seed, epoch), by_day=by_day)
     ]
-    return ingest.stream(reader, chunks, share)
+    return ingest.stream(reader, chunks, block_rows)
 
 
 def _valid_stream(reader: LogReader, groups: list, block_rows: int):

@@ -83,3 +83,23 @@ def test_a_distributed_scan_is_the_sum_of_plain_ones(ray_cluster, reader, tmp_pa
     for name, (keys, counts) in expected.ids.items():
         np.testing.assert_array_equal(found.ids[name][0], keys)
         np.testing.assert_array_equal(found.ids[name][1], counts)
+
+
+@pytest.mark.parametrize("rows", [1, 95, 96, 1000, 4321])
+def test_global_batches_are_the_same_for_any_number_of_workers(rows):
+    batch, most = 24, 5
+    together, steps = ingest.deal(rows, batch, most)
+    least = -(-rows // batch)
+    assert together <= most and steps % together == 0 and least <= steps < least + steps // together
+    padded = pa.table({"row": [*range(rows), *[-1] * (-rows % (batch * together))]})
+    batches = {}
+    for workers in (1, 2, 3, 4):
+        size = batch // workers * together
+        blocks = [padded.slice(start, size) for start in range(0, padded.num_rows, size)]
+        assert len(blocks) % workers == 0
+        shares = [[t["row"].to_pylist() for b in blocks[w::workers] for t in ingest.split(b, together)]
+                  for w in range(workers)]  # fmt: skip
+        assert all(len(share) == steps and {len(rows_) for rows_ in share} == {batch // workers} for share in shares)
+        batches[workers] = [sorted(sum(step, [])) for step in zip(*shares, strict=True)]
+    assert all(found == batches[1] for found in batches.values())
+    assert sorted(row for found in batches[1] for row in found if row >= 0) == list(range(rows))
