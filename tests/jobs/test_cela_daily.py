@@ -3,7 +3,6 @@
 import datetime as dt
 import importlib.util
 import json
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -189,31 +188,6 @@ def test_the_next_day_starts_from_the_day_before(second_day, data, options):
     assert new["user_id"].size + new["item_id"].size > old["user_id"].size + old["item_id"].size
     release = state.find(f"releases/{SECOND}")
     assert release.facts["trained_days"] == [f"2024-01-0{day}" for day in (1, 2, 3, 4)]
-
-
-def test_ids_expire_and_old_releases_go(second_day, data, options, tmp_path):
-    """A third day on a window of two, over a copy of the state: the other tests need the two days before."""
-    shutil.copytree(options.state, tmp_path / "state")
-    third = replace(options, state=str(tmp_path / "state"), date=dt.date(2024, 1, 6), test_days=1, train_days=2,
-                    expire_days=1, keep_releases=2)  # fmt: skip
-    JOB.run(third)
-    state = State(third.state)
-    assert state.names("releases") == [f"releases/{SECOND}", "releases/2024-01-06"]
-    assert state.find(f"runs/{FIRST}/dap") and state.names(f"runs/{FIRST}") == [f"runs/{FIRST}/dap"]
-    # Seen on the 5th or later: the second run (the 4th, and the 5th to validate) and the third (the 5th and the 6th).
-    users = {
-        day: set(pq.read_table(data / "interactions" / f"dt=2024-01-0{day}")["user_id"].to_pylist()) - {None}
-        for day in range(1, 7)
-    }
-    trained = set().union(*(users[day] for day in range(1, 6)))
-    stay = users[4] | users[5] | (users[6] & trained)
-    old, new = (load_encoders(state.local(f"runs/{date}/read") / "vocabulary") for date in (SECOND, "2024-01-06"))
-    assert {key.decode() for key in new["user_id"].keys} == stay
-    assert trained - stay and len(new["user_id"].free) == len(trained - stay)
-    assert new["user_id"].size >= old["user_id"].size
-    both = np.isin(old["user_id"].keys, new["user_id"].keys)
-    np.testing.assert_array_equal(new["user_id"].lookup_keys(old["user_id"].keys[both]), old["user_id"].rows[both])
-    assert not len(new["item_id"].free)  # items of items/ are seen every day
 
 
 def test_counts_of_training_rows_are_over_the_whole_window(second_day, data, options):

@@ -1,4 +1,4 @@
-"""One model alone: over days, and over the log's own parts."""
+"""One model alone, over days."""
 
 import datetime as dt
 import importlib.util
@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ctrdist.datasets.protocol import Protocol, Raw, write
 from ctrdist.datasets.synthetic import SyntheticConfig, prepare
 from ctrdist.errors import UserError
-from ctrdist.schema import Field
+from ctrdist.fields import load_encoders
 from ctrdist.storage import State
 from ctrdist.tasks.click import ClickConfig
 from raycluster import cli
@@ -31,7 +29,7 @@ SPEC.loader.exec_module(JOB)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("train") / "data"
-    prepare(SyntheticConfig(users=60, items=90, days=6, rows_per_day=400), out)
+    prepare(SyntheticConfig(users=60, items=90, days=7, rows_per_day=400), out)
     return out
 
 
@@ -47,7 +45,7 @@ def report_of(options, name: str) -> dict:
     return json.loads((Path(options.state) / "releases" / name / "report.json").read_text())
 
 
-def test_two_days_of_one_model(ray_cluster, options, data, capsys):
+def test_three_days_of_one_model(ray_cluster, options, data, capsys):
     from sklearn.metrics import roc_auc_score
 
     JOB.run(options)
@@ -73,20 +71,24 @@ def test_two_days_of_one_model(ray_cluster, options, data, capsys):
     JOB.run(replace(options, date=dt.date(2024, 1, 5)))
     second = report_of(options, "2024-01-05")
     assert second["rows"]["train"] == 400 and second["stages"]["train"]["rows"] == 400
-    with pytest.raises(UserError, match="--ctr.backbone: the model .* has 'dcnv2', not 'din'"):
-        JOB.run(replace(options, date=dt.date(2024, 1, 5), backbone="din", state=str(copied(options, data))))
 
-
-def copied(options, data: Path) -> Path:
-    """A state with the first day only."""
-    import shutil
-
-    state = data.parent / "first"
-    shutil.copytree(options.state, state)
-    State(str(state)).remove("releases/2024-01-05")
-    for name in State(str(state)).names("runs/2024-01-05"):
-        State(str(state)).remove(name)
-    return state
+    # A third day, of a window of two: ids expire, and the first day's release goes with its runs.
+    JOB.run(replace(options, date=dt.date(2024, 1, 6), train_days=2, expire_days=1, keep_releases=2))
+    assert state.names("releases") == ["releases/2024-01-05", "releases/2024-01-06"]
+    assert state.names("runs/2024-01-04") == [] and report_of(options, "2024-01-04") == report
+    # Seen on the 5th or later: the second run (the 4th, and the 5th to validate) and the third (the 5th and the 6th).
+    users = {
+        day: set(pq.read_table(data / "interactions" / f"dt=2024-01-0{day}")["user_id"].to_pylist())
+        for day in range(1, 7)
+    }
+    trained = set().union(*(users[day] for day in range(1, 6)))
+    stay = users[4] | users[5] | (users[6] & trained)
+    old, new = (load_encoders(state.local(f"runs/2024-01-0{day}/read") / "vocabulary") for day in (5, 6))
+    assert {key.decode() for key in new["user_id"].keys} == stay
+    assert trained - stay and len(new["user_id"].free) == len(trained - stay)
+    both = np.isin(old["user_id"].keys, new["user_id"].keys)
+    np.testing.assert_array_equal(new["user_id"].lookup_keys(old["user_id"].keys[both]), old["user_id"].rows[both])
+    assert not len(new["item_id"].free)  # items of items/ are seen every day
 
 
 def test_another_jobs_state_is_refused(options, data, tmp_path):
@@ -97,23 +99,10 @@ def test_another_jobs_state_is_refused(options, data, tmp_path):
         JOB.run(replace(options, state=state.uri))
 
 
-def test_the_logs_own_parts(ray_cluster, tmp_path):
-    draw, rows = np.random.default_rng(0), 900
-    log = {"user_id": [f"u{n}" for n in draw.integers(0, 40, rows)], "rating": draw.integers(0, 11, rows),
-           "item_id": [f"i{n}" for n in draw.integers(0, 30, rows)]}  # fmt: skip
-    raw = Raw(pa.table(log), pa.table({"item_id": [f"i{n}" for n in range(30)]}), item=(Field("item_id"),), text=())
-    write(raw, Protocol(positive=6, split="file"), tmp_path / "data")
-    options = JOB.TrainOptions(data=str(tmp_path / "data"), state=str(tmp_path / "state"), split="column", workers=1,
-                               ctr=ClickConfig(epochs=1, batch_size=256, dim=8))  # fmt: skip
-    JOB.run(options)
-    report = report_of(options, "split")
-    assert list(report["models"]) == ["din"] and report["rows"]["test"] == 90
-
-
 def test_no_such_backbone(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(lambda: JOB.run(cli.parse(JOB.TrainOptions(), "", ["--backbone", "dinn"])))
-    assert stop.value.code == 1 and "no such backbone; did you mean 'din'" in capsys.readouterr().err
+        cli.main(lambda: JOB.run(cli.parse(JOB.TrainOptions(), "", ["--backbone", "dcnv3"])))
+    assert stop.value.code == 1 and "no such backbone; did you mean 'dcnv2'" in capsys.readouterr().err
 
 
 def test_help_lists_every_option():
