@@ -34,7 +34,7 @@ class RowOptimizer:
 
     def step(self, values: Tensor, gradients: Tensor, state: dict[str, Tensor], lr_scale: float) -> Tensor:
         """New values of rows [R, dim] with `gradients` [R, dim]; their `state` changes in place."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no step")
 
     def shrink(self, lr_scale: float) -> float:
         """The factor on every row at a step, over 0 and at most 1."""

@@ -33,7 +33,7 @@ class DayOptions:
             column `split`, always from scratch: the options above then have no say, and the release is named `split`.
         from_scratch: train on the whole window even if the state has an earlier day to start from.
         expire_days: ids that were not seen for more days than this lose their row; those seen within the window, and
-            items of today's `items/`, never do. 0 keeps every id.
+            items of today's `items/`, never do. 0 keeps every id; more needs `keep_releases`.
         keep_releases: releases to keep; older ones, and runs that no release refers to, are removed in the end. 0
             keeps all. Rows of expired ids are given to new ones only once no release refers to them.
         seed: decides every draw.

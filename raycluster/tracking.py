@@ -285,7 +285,7 @@ class MetricsTail:
         if self._on_record:
             try:
                 self._on_record(record)
-            except Exception:
+            except Exception:  # a line on the console is not worth the metrics of a run
                 log.exception("the progress callback failed on line %d of %s", self.lines, self._path)
 
     def _send(self) -> None:
