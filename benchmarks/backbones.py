@@ -23,8 +23,9 @@ from rich.table import Table
 
 from ctrdist.backbones import NAMES
 from ctrdist.batch import Batch, collate
+from ctrdist.epoch import plan_pass, read_chunk
 from ctrdist.items import Catalog, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
-from ctrdist.log import list_days, list_row_groups, plan_epoch, read_chunk
+from ctrdist.log import list_days, list_row_groups
 from ctrdist.loop import LoopConfig, fit
 from ctrdist.metrics import auc, log_loss
 from ctrdist.scan import grow_encoders, item_counts, scan_row_group, sum_scans
@@ -99,9 +100,8 @@ def open_log(options: Options, folder: Path) -> Log:
     catalog = build_catalog(items, ids, schema, encoders)
 
     def read(name: str) -> pa.Table:
-        chunks = plan_epoch([g for day in parts[name] for g in groups[day]], 0, 1, None)
-        tables = [t for chunk in chunks for t in read_chunk(data, chunk, schema, encoders, catalog)]
-        return pa.concat_tables(tables).combine_chunks()
+        chunks = plan_pass([g for day in parts[name] for g in groups[day]])
+        return pa.concat_tables(read_chunk(data, c, schema, encoders, catalog) for c in chunks).combine_chunks()
 
     return Log(schema, catalog, table_sizes(encoders, schema), counts, *map(read, ("train", "valid", "test")))
 

@@ -28,10 +28,11 @@ from rich.table import Table
 
 from ctrdist.batch import collate
 from ctrdist.datasets.canonical import SECONDS_A_DAY, CanonicalWriter
+from ctrdist.epoch import plan_epoch, plan_pass, read_chunk
 from ctrdist.fields import new_encoder, save_encoders
 from ctrdist.items import build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
-from ctrdist.log import list_days, list_row_groups, plan_epoch, read_chunk, read_row_group
-from ctrdist.scan import Scan, grow_encoders, item_counts, sum_scans
+from ctrdist.log import list_days, list_row_groups, read_row_group
+from ctrdist.scan import Scan, grow_encoders, item_counts, sum_scans, with_good_rows
 from ctrdist.schema import Field, Schema
 from ctrdist.storage import State
 from ctrdist.vocabulary import Vocabulary, sum_counts
@@ -145,7 +146,7 @@ def open_log(data: str, state: State, scratch: Path) -> tuple[LogReader, list]:
     encoders = grow_encoders(encoders, scan, schema)
     counts = item_counts(scan.items, tuple(files), ids.size)
     encoders = grow_item_vocabularies(items, ids.lookup(items["item_id"]), counts, schema, encoders)
-    return save("read"), groups
+    return save("read"), with_good_rows(groups, [scan.good[group] for group in groups])
 
 
 def read_only(reader: LogReader, groups: list, batch: int) -> Iterator[int]:
@@ -158,17 +159,17 @@ def read_only(reader: LogReader, groups: list, batch: int) -> Iterator[int]:
 def plain(reader: LogReader, groups: list, batch: int) -> Iterator[int]:
     """Read, check, encode, cut, join: one process, one thread."""
     schema, encoders, catalog = reader.open()
-    for chunk in plan_epoch(groups, 0, 1, None):
-        for table in read_chunk(reader.data, chunk, schema, encoders, catalog):
-            for start in range(0, table.num_rows, batch):
-                yield len(collate(table.slice(start, batch), schema, catalog))
+    for chunk in plan_pass(groups):
+        table = read_chunk(reader.data, chunk, schema, encoders, catalog)
+        for start in range(0, table.num_rows, batch):
+            yield len(collate(table.slice(start, batch), schema, catalog))
 
 
 def through_ray(reader: LogReader, groups: list, batch: int, workers: int) -> tuple[int, float, float]:
     """The same by Ray Data, as the workers of a training get it; rows, seconds until the first batch, and in all."""
     began, rows, share = time.time(), sum(group.rows for group in groups), batch // workers
     together, _ = ingest.deal(rows, batch)
-    stream = ingest.stream(reader, plan_epoch(groups, rows, batch * together, None), share * together)
+    stream = ingest.stream(reader, plan_epoch(groups, batch * together, None), share * together)
     shares = ingest.InOrder().configure({"train": stream}, workers, None, None)
     calls = [(reader, own["train"], share, together) for own in shares]
     counts, first, last = zip(*cluster.in_parallel(consume, calls, cpus=0), strict=True)

@@ -8,8 +8,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from ctrdist.encode import FILLER, ITEM, list_parts
 from ctrdist.items import Catalog, Ragged
-from ctrdist.log import FILLER, ITEM, list_parts
 from ctrdist.schema import HISTORY, LABEL, MULTI, Schema
 from ctrdist.vocabulary import FIRST_ROW, PADDING, UNKNOWN
 
@@ -105,7 +105,7 @@ class Batch:
 
 
 def collate(table: pa.Table, schema: Schema, catalog: Catalog, text_table: np.ndarray | None = None) -> Batch:
-    """Encoded rows (`ctrdist.log.encode`) as a Batch; fillers are dropped, so it may be empty.
+    """Encoded rows (`ctrdist.encode.encode`) as a Batch; fillers are dropped, so it may be empty.
 
     Args:
         text_table: float [catalog rows, dim], may be memory-mapped; only the rows of the batch's items are read.

@@ -10,10 +10,10 @@ import torch
 
 from ctrdist.batch import collate, load_text_table
 from ctrdist.config import from_dict, to_dict
+from ctrdist.encode import encode
 from ctrdist.errors import UserError
 from ctrdist.fields import load_encoders
 from ctrdist.items import Catalog
-from ctrdist.log import encode
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, NUMERIC, Schema
 from ctrdist.shards import read_state, save_whole
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig

@@ -1,4 +1,4 @@
-"""The canonical log: its days, what is wrong in a row, and rows as integers.
+"""The canonical log: its days, its row groups, and what is wrong in a row.
 
 <data>/interactions/dt=YYYY-MM-DD/*.parquet    user_id, item_id, label, timestamp, context fields, [history], [split]
 
@@ -7,7 +7,6 @@ day, 1970-01-01, and row numbers for timestamps.
 """
 
 import datetime as dt
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,18 +16,15 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from ctrdist.errors import UserError
-from ctrdist.fields import Encoder
 from ctrdist.items import Catalog, require_columns
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, SPLIT, TIMESTAMP, USER_ID, Schema
 from ctrdist.storage import filesystem
-from ctrdist.vocabulary import UNKNOWN
 
 REASONS = (
     "ok", "null user_id", "null item_id", "item not in items/", "label not 0 or 1", "timestamp outside its day",
     "split not train, valid or test",
 )  # fmt: skip
 ELSEWHERE = -1  # of a row that belongs to another part
-ITEM, FILLER = "item", "filler"
 SPLITS = ("train", "valid", "test")
 NO_TIME = dt.date(1970, 1, 1)
 
@@ -55,6 +51,7 @@ class RowGroup:
         index: of the row group in the file.
         rows: its rows, those of other splits and bad ones included.
         split: only its rows of this split are meant; "" = all.
+        good: of those meant, the good ones, where a pass has counted them (`ctrdist.scan`).
     """
 
     day: dt.date
@@ -62,6 +59,7 @@ class RowGroup:
     index: int
     rows: int
     split: str = ""
+    good: int | None = None
 
     @property
     def part(self) -> Part:
@@ -307,147 +305,3 @@ def find_faults(table: pa.Table, day: dt.date, catalog: Catalog, split: str = ""
     if split:
         faults[others] = ELSEWHERE
     return faults
-
-
-def encode(
-    table: pa.Table, schema: Schema, vocabularies: dict[str, Encoder], catalog: Catalog, keep: tuple[str, ...] = ()
-) -> pa.Table:
-    """Good rows as integers: what is streamed to the trainers.
-
-    Returns:
-        Columns `label` (float32), `item` (int32 catalog row), `history` (fixed-size list of int32 catalog rows, oldest
-        first, padding at the end), each user and context field (int32 row, a list of them, or a float32 number, NaN if
-        missing), `filler` (bool, false), and each column named in `keep` as it is, under the name `raw.` and its own.
-    """
-    columns: dict[str, pa.Array | pa.ChunkedArray] = {
-        LABEL: table[LABEL].cast(pa.float32()),
-        ITEM: pa.array(catalog.ids.lookup(table[ITEM_ID], ITEM_ID)),
-        FILLER: pa.array(np.zeros(table.num_rows, bool)),
-    }
-    for field in schema.row_fields:
-        values, vocabulary = table[field.name].combine_chunks(), vocabularies[field.name]
-        if field.kind == MULTI:
-            offsets, flat = list_parts(values)
-            columns[field.name] = pa.LargeListArray.from_arrays(offsets, vocabulary.lookup(flat, field.name))
-        else:
-            columns[field.name] = pa.array(vocabulary.lookup(values, field.name))
-    if schema.history_length:
-        rows = recent_rows(table[HISTORY].combine_chunks(), catalog, schema.history_length)
-        columns[HISTORY] = pa.FixedSizeListArray.from_arrays(rows.ravel(), schema.history_length)
-    return pa.table(columns | {f"raw.{name}": _one_type(table[name]) for name in keep})
-
-
-def _one_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The same values in the widest type of their kind, whatever the file's: int64, float64 or large_string."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if pa.types.is_integer(column.type):
-        return column.cast(pa.int64(), safe=False)
-    if pa.types.is_floating(column.type):
-        return column.cast(pa.float64())
-    return column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
-
-
-def list_parts(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Offsets (int64, from 0) and flat values of a list column; a null list is an empty one."""
-    if pa.types.is_null(lists.type):
-        lists = lists.cast(pa.list_(pa.null()))
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), pc.list_flatten(lists)
-
-
-def recent_rows(histories: pa.Array, catalog: Catalog, length: int) -> np.ndarray:
-    """The last `length` items of each history as catalog rows, int32 [n, length], oldest first, zeros at the end."""
-    offsets, flat = list_parts(histories)
-    ends = offsets[1:, None]
-    starts = np.maximum(offsets[:-1, None], ends - length)
-    at = starts + np.arange(length)
-    inside = at < ends
-    rows = catalog.ids.lookup(flat, HISTORY)
-    out = np.zeros(at.shape, np.int32)
-    out[inside] = rows[at[inside]]
-    return out
-
-
-def fillers(schema: Schema, count: int) -> pa.Table:
-    """`count` rows that stand for nothing: they fill the last batch of an epoch; who gets them drops them."""
-    columns: dict[str, pa.Array] = {
-        LABEL: pa.array(np.zeros(count, np.float32)),
-        ITEM: pa.array(np.zeros(count, np.int32)),
-        FILLER: pa.array(np.ones(count, bool)),
-    }
-    for field in schema.row_fields:
-        if field.kind == MULTI:
-            empty = pa.LargeListArray.from_arrays(np.zeros(count + 1, np.int64), np.empty(0, np.int32))
-            columns[field.name] = empty
-        else:
-            missing = np.full(count, np.nan, np.float32) if field.is_value else np.full(count, UNKNOWN, np.int32)
-            columns[field.name] = pa.array(missing)
-    if schema.history_length:
-        columns[HISTORY] = pa.FixedSizeListArray.from_arrays(
-            np.zeros(count * schema.history_length, np.int32), schema.history_length
-        )
-    return pa.table(columns)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Row groups that are read, shuffled and streamed together, then fillers. Small enough for one worker's memory."""
-
-    groups: tuple[RowGroup, ...] = ()
-    seed: tuple[int, ...] | None = None
-    fillers: int = 0
-
-
-def plan_epoch(
-    groups: list[RowGroup],
-    rows: int,
-    batch_size: int,
-    seed: tuple[int, ...] | None,
-    chunk_rows: int = 32768,
-    by_day: bool = False,
-) -> list[Chunk]:
-    """An epoch over `groups` as chunks, ending in fillers that make it a multiple of `batch_size` rows.
-
-    Args:
-        rows: good rows in `groups`.
-        batch_size: rows of a global batch, or of several that are dealt together.
-        seed: decides the order of chunks and of rows within each; None keeps the order of the log.
-        by_day: days stay in the order of `groups`; only chunks of one day, and their rows, change places.
-    """
-    chunks: list[list[RowGroup]] = [[]]
-    for group in groups:
-        full = chunks[-1] and sum(g.rows for g in chunks[-1]) + group.rows > chunk_rows
-        if full or (by_day and chunks[-1] and chunks[-1][0].day != group.day):
-            chunks.append([])
-        chunks[-1].append(group)
-    order = np.arange(len(chunks)) if seed is None else np.random.default_rng(seed).permutation(len(chunks))
-    if by_day and groups:
-        number = {day: n for n, day in enumerate(dict.fromkeys(group.day for group in groups))}
-        order = order[np.argsort([number[chunks[i][0].day] for i in order], kind="stable")]
-    planned = [Chunk(tuple(chunks[i]), None if seed is None else (*seed, int(i))) for i in order]
-    return [*planned, Chunk(fillers=-rows % batch_size)]
-
-
-def read_chunk(
-    data: str,
-    chunk: Chunk,
-    schema: Schema,
-    vocabularies: dict[str, Encoder],
-    catalog: Catalog,
-    keep: tuple[str, ...] = (),
-) -> Iterator[pa.Table]:
-    """The good rows of a chunk, encoded and shuffled by its seed. Yields at most one table."""
-    tables = []
-    for group in chunk.groups:
-        table = read_row_group(data, group, schema)
-        good = find_faults(table, group.day, catalog, group.split) == 0
-        tables.append(encode(table.filter(pa.array(good)), schema, vocabularies, catalog, keep))
-    if chunk.fillers:
-        tables.append(fillers(schema, chunk.fillers))
-    if not tables:
-        return
-    table = pa.concat_tables(tables).combine_chunks()
-    if chunk.seed is not None:
-        table = table.take(pa.array(np.random.default_rng(chunk.seed).permutation(table.num_rows)))
-    yield table

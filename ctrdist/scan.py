@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ctrdist.encode import list_parts
 from ctrdist.fields import Encoder, new_encoder
 from ctrdist.items import Catalog
-from ctrdist.log import REASONS, Part, RowGroup, find_faults, first_row, list_parts, read_row_group
+from ctrdist.log import REASONS, Part, RowGroup, find_faults, first_row, read_row_group
 from ctrdist.numeric import Sample, add_samples, sample_values, to_numbers
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, Schema
 from ctrdist.vocabulary import UNKNOWN, Counts, add_counts, sum_counts, to_keys
@@ -28,6 +29,7 @@ class Scan:
     Args:
         rows: good rows by day or split.
         clicks: of these, the clicks.
+        good: good rows by row group.
         faults: rows by what is wrong with them (REASONS, without "ok").
         strangers: behaviours in histories of items that are not in `items/`; they count as unknown items.
         items: catalog rows and good rows of each, by day or split.
@@ -37,6 +39,7 @@ class Scan:
 
     rows: dict[Part, int] = field(default_factory=dict)
     clicks: dict[Part, int] = field(default_factory=dict)
+    good: dict[RowGroup, int] = field(default_factory=dict)
     faults: dict[str, int] = field(default_factory=dict)
     strangers: int = 0
     items: dict[Part, Counts] = field(default_factory=dict)
@@ -50,7 +53,7 @@ class Scan:
 
     def add(self, other: "Scan") -> None:
         """Add another scan to this one."""
-        for name in ("rows", "clicks", "faults"):
+        for name in ("rows", "clicks", "good", "faults"):
             mine = getattr(self, name)
             for key, count in getattr(other, name).items():
                 mine[key] = mine.get(key, 0) + count
@@ -118,7 +121,7 @@ def scan_row_group(
         write_quarantine(table, faults, group, first_row(data, group), quarantine)
     good = table.filter(pa.array(faults == 0))
     item_rows = catalog.ids.lookup(good[ITEM_ID], ITEM_ID)
-    scan.rows[group.part] = good.num_rows
+    scan.rows[group.part] = scan.good[group] = good.num_rows
     scan.clicks[group.part] = int(pc.sum(good[LABEL].cast(pa.int64())).as_py() or 0)
     scan.items[group.part] = sum_counts(item_rows, np.ones(len(item_rows)))
     if schema.history_length:
@@ -140,6 +143,11 @@ def scan_row_group(
             found.field("counts").to_numpy() * (ids == "counted"),
         )
     return scan
+
+
+def with_good_rows(groups: list[RowGroup], good: Iterable[int]) -> list[RowGroup]:
+    """The row groups, with their good rows."""
+    return [replace(group, good=int(count)) for group, count in zip(groups, good, strict=True)]
 
 
 def write_quarantine(table: pa.Table, faults: np.ndarray, group: RowGroup, first: int, folder: Path) -> None:

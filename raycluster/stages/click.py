@@ -7,9 +7,9 @@ import numpy as np
 
 from ctrdist.batch import Batch, collate, load_text_table
 from ctrdist.config import to_dict
+from ctrdist.epoch import plan_epoch, plan_pass
 from ctrdist.export import load_click_model, save_click_model
 from ctrdist.fields import rows_with_new_ids
-from ctrdist.log import plan_epoch
 from ctrdist.loop import LoopConfig
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, table_sizes
@@ -54,7 +54,7 @@ def train_click(
     )
     reader = LogReader(day.options.data, day.state.uri, read.output.name)
     batch = config.batch_size
-    training_groups, validation_groups = day.groups(days), day.groups(day.window.valid)
+    training_groups, validation_groups = read.groups(days), read.groups(day.window.valid)
     share = batch // day.plan.workers
     most = ingest.BATCHES_A_BLOCK
     if config.order == "chronological":  # a block's batches are of its rows in any order: no more than a day's
@@ -81,7 +81,7 @@ def train_click(
             save=save_click_model,
             collate=partial(encoded_batch, reader, text and text.name),
             train_stream=partial(
-                _train_stream, reader, training_groups, config, rows, batch * together, share * together, seed, epochs
+                _train_stream, reader, training_groups, config, batch * together, share * together, seed, epochs
             ),
             batches_a_block=together,
             valid_stream=partial(_valid_stream, reader, validation_groups, 8 * max(share, 1024)),
@@ -123,7 +123,6 @@ def _train_stream(
     reader: LogReader,
     groups: list,
     config: ClickConfig,
-    rows: int,
     dealt: int,
     block_rows: int,
     seed: int,
@@ -132,13 +131,9 @@ def _train_stream(
 ):
     """The rows of the epochs from `first` on, in blocks of one worker's; `dealt` rows go round all workers once."""
     by_day = config.order == "chronological"
-    chunks = [
-        chunk
-        for epoch in range(first, epochs)
-        for chunk in plan_epoch(groups, rows, dealt, (seed, epoch), by_day=by_day)
-    ]
+    chunks = [chunk for epoch in range(first, epochs) for chunk in plan_epoch(groups, dealt, (seed, epoch), by_day)]
     return ingest.stream(reader, chunks, block_rows)
 
 
 def _valid_stream(reader: LogReader, groups: list, block_rows: int):
-    return ingest.stream(reader, plan_epoch(groups, 0, 1, None), block_rows)
+    return ingest.stream(reader, plan_pass(groups), block_rows)

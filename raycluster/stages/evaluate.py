@@ -8,8 +8,9 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from ctrdist import metrics
+from ctrdist.encode import ITEM
+from ctrdist.epoch import plan_pass
 from ctrdist.export import load_click_model
-from ctrdist.log import ITEM, plan_epoch
 from ctrdist.schema import LABEL, USER_ID
 from ctrdist.storage import Manifest, State, fingerprint
 from raycluster import ingest
@@ -57,12 +58,12 @@ def evaluate(day: Day, read: Read, models: dict[str, tuple[Manifest, Manifest | 
         {name: (m.identity, t and t.identity) for name, (m, t) in models.items()},
     )
     reader = LogReader(day.options.data, day.state.uri, read.output.name)
-    groups = day.groups(day.window.test)
+    groups = read.groups(day.window.test)
     outputs = {name: (model.name, text and text.name) for name, (model, text) in models.items()}
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         keep = (USER_ID, day.schema.truth) if day.schema.truth else (USER_ID,)
-        stream = ingest.stream(reader, plan_epoch(groups, 0, 1, None), keep=keep)
+        stream = ingest.stream(reader, plan_pass(groups), keep=keep)
         scored = stream.map_batches(
             Scorer,
             batch_size=4096,

@@ -17,9 +17,9 @@ from ctrdist.items import (
     read_items,
     with_items_that_left,
 )
-from ctrdist.log import Part, file_facts
+from ctrdist.log import Part, RowGroup, file_facts
 from ctrdist.numeric import Numeric
-from ctrdist.scan import Scan, grow_encoders, item_counts
+from ctrdist.scan import Scan, grow_encoders, item_counts, with_good_rows
 from ctrdist.storage import Manifest, fingerprint
 from ctrdist.vocabulary import Vocabulary
 from raycluster import ingest
@@ -27,7 +27,7 @@ from raycluster.day import Day, day_releases, say
 from raycluster.ingest import LogReader
 
 Days = tuple[Part, ...]
-ITEMS, COUNTS = "items.parquet", "item_counts_by_day.npz"
+ITEMS, COUNTS, GOOD_ROWS = "items.parquet", "item_counts_by_day.npz", "good_rows.npy"
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Read:
         faults: bad rows by reason.
         strangers: behaviours in histories of items that are not in `items/`.
         quarantine: folder of the bad rows, if any.
+        row_groups: those that were read, with their good rows.
     """
 
     output: Manifest
@@ -51,6 +52,7 @@ class Read:
     faults: dict[str, int]
     strangers: int
     quarantine: str | None
+    row_groups: list[RowGroup]
 
     @property
     def identity(self) -> str:
@@ -60,6 +62,11 @@ class Read:
     def total(self, days: Days) -> int:
         """Good rows of some days."""
         return sum(self.rows.get(str(day), 0) for day in days)
+
+    def groups(self, days: Days) -> list[RowGroup]:
+        """The row groups of some days, in the order of the log."""
+        wanted = set(days)
+        return [group for group in self.row_groups if group.part in wanted]
 
 
 def read_log(day: Day, whole_window: bool = False) -> Read:
@@ -86,7 +93,14 @@ def read_log(day: Day, whole_window: bool = False) -> Read:
     counts = np.load(folder / "item_counts.npy")
     _judge(facts["faults"], facts["rows"], day.options.max_bad_fraction, facts["quarantine"])
     read = Read(
-        output, day.new_days, counts, facts["rows_by_day"], facts["faults"], facts["strangers"], facts["quarantine"]
+        output,
+        day.new_days,
+        counts,
+        facts["rows_by_day"],
+        facts["faults"],
+        facts["strangers"],
+        facts["quarantine"],
+        with_good_rows(groups, np.load(folder / GOOD_ROWS)),
     )
     for kind, days in (("training", read.train), ("validation", day.window.valid), ("test", day.window.test)):
         if not read.total(days):
@@ -144,6 +158,7 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
         ItemTexts.write(folder / "texts.arrow", items, ids, schema)
         pq.write_table(items, folder / ITEMS, compression="zstd")
         np.save(folder / "item_counts.npy", counts)
+        np.save(folder / GOOD_ROWS, np.array([scan.good[group] for group in groups], np.int64))
         np.savez(
             folder / COUNTS,
             **{

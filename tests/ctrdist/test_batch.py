@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from ctrdist.batch import Batch, Lookup, collate, load_text_table
+from ctrdist.encode import encode, fillers
+from ctrdist.epoch import plan_pass, read_chunk
 from ctrdist.items import Catalog, Ragged
-from ctrdist.log import encode, fillers, list_days, list_row_groups, plan_epoch, read_chunk
+from ctrdist.log import list_days, list_row_groups
 from ctrdist.schema import Field, Schema
 from ctrdist.vocabulary import Vocabulary, to_keys
 
@@ -26,8 +28,8 @@ def encoded(small_log, small_read) -> pa.Table:
     schema, vocabularies, catalog = small_read
     files = list_days(str(small_log))
     groups = list_row_groups(str(small_log), files, tuple(files), schema)
-    chunks = plan_epoch(groups, 39, 1, None)
-    return pa.concat_tables(t for c in chunks for t in read_chunk(str(small_log), c, schema, vocabularies, catalog))
+    chunks = plan_pass(groups)
+    return pa.concat_tables(read_chunk(str(small_log), c, schema, vocabularies, catalog) for c in chunks)
 
 
 def text_table(catalog: Catalog) -> np.ndarray:

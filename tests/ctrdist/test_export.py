@@ -12,11 +12,13 @@ import torch
 from ctrdist.backbones import BackboneConfigs
 from ctrdist.backbones.din import Config as DinConfig
 from ctrdist.batch import collate
+from ctrdist.encode import encode
+from ctrdist.epoch import plan_pass, read_chunk
 from ctrdist.errors import UserError
 from ctrdist.export import DESCRIPTION, SERVES, WEIGHTS, Release, load_click_model, save_click_model
 from ctrdist.fields import save_encoders
 from ctrdist.group import Group
-from ctrdist.log import encode, list_days, list_row_groups, plan_epoch, read_chunk
+from ctrdist.log import list_days, list_row_groups
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, table_sizes
 
 CONFIG = ClickConfig(backbone="din", dim=4, networks=BackboneConfigs(din=DinConfig(attention=(6,), hidden=(8,))))
@@ -33,8 +35,7 @@ def encoded(small_log: Path, small_read) -> pa.Table:
     schema, vocabularies, catalog = small_read
     files = list_days(str(small_log))
     groups = list_row_groups(str(small_log), files, tuple(files), schema)
-    (table,) = read_chunk(str(small_log), plan_epoch(groups, 0, 1, None)[0], schema, vocabularies, catalog)
-    return table
+    return read_chunk(str(small_log), plan_pass(groups)[0], schema, vocabularies, catalog)
 
 
 def trained(small_log: Path, small_read, fuse: FuseConfig | None) -> ClickModel:

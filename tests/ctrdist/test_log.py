@@ -1,7 +1,4 @@
 import datetime as dt
-import random
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +10,12 @@ from ctrdist.errors import UserError
 from ctrdist.items import Catalog
 from ctrdist.log import (
     REASONS,
-    RowGroup,
     check_types,
     choose_window,
-    encode,
-    fillers,
     find_faults,
     list_days,
     list_row_groups,
     log_columns,
-    plan_epoch,
-    read_chunk,
 )
 from ctrdist.schema import Field, Schema
 from ctrdist.vocabulary import Vocabulary, to_keys
@@ -272,159 +264,3 @@ def test_the_first_fault_is_the_one_that_is_named():
 def test_labels_of_any_number(type_, labels, expected):
     found = faults([("u", "a", label, MIDNIGHT) for label in labels], type_)
     assert [REASONS.index(reason) for reason in found] == expected
-
-
-# --- encoding ---
-
-
-def test_encode_against_a_loop_over_rows():
-    draw = random.Random(1)
-    schema = Schema(
-        (Field("user_id"), Field("likes", "multi")), (Field("item_id"),), (Field("hour"),), history_length=3
-    )
-    vocabularies = {"user_id": vocabulary("u1", "u2"), "likes": vocabulary(1, 2, 3), "hour": vocabulary("é", "9")}
-    items = catalog(("a", "b", "c", "d"), ("old",))
-    known = ["a", "b", "c", "d", "old"]
-    rows = [
-        {
-            "user_id": draw.choice(["u1", "u2", "u3"]),
-            "likes": draw.choice([None, [draw.choice([1, 2, 3, 4, None]) for _ in range(draw.randrange(4))]]),
-            "item_id": draw.choice(known),
-            "label": draw.randrange(2),
-            "timestamp": MIDNIGHT + n,
-            "hour": draw.choice(["é", "9", "", None]),
-            "history": draw.choice(
-                [None, [], [draw.choice([*known, "ghost", None]) for _ in range(draw.randrange(1, 7))]]
-            ),
-        }
-        for n in range(60)
-    ]
-    types = pa.schema({
-        "user_id": pa.string(), "likes": pa.list_(pa.int64()), "item_id": pa.string(), "label": pa.int8(),
-        "timestamp": pa.int64(), "hour": pa.string(), "history": pa.list_(pa.string()),
-    })  # fmt: skip
-    table = pa.Table.from_pylist(rows, schema=types)
-    maps, item_rows = {name: rows_of(v) for name, v in vocabularies.items()}, rows_of(items.ids)
-    expected = []
-    for row in rows:
-        past = [item_rows.get(name, 1) for name in (row["history"] or [])[-3:]]
-        expected.append({
-            "label": float(row["label"]), "item": item_rows[row["item_id"]], "filler": False,
-            "user_id": maps["user_id"].get(row["user_id"], 1),
-            "likes": [maps["likes"].get(value, 1) for value in row["likes"] or []],
-            "hour": maps["hour"].get(row["hour"], 1),
-            "history": past + [0] * (3 - len(past)),
-        })  # fmt: skip
-    lengths = Counter(len(row["history"] or []) for row in rows)
-    assert lengths[0] and lengths[1] and lengths[3] and lengths[5]
-    encoded = encode(table, schema, vocabularies, items)
-    assert encoded.to_pylist() == expected
-    assert encoded.schema.field("label").type == pa.float32()
-    assert encoded.schema.field("item").type == pa.int32()
-    assert encoded.schema.field("history").type == pa.list_(pa.int32(), 3)
-
-    pieces = pa.concat_tables([table.slice(0, 11), table.slice(11, 0), table.slice(11, 30), table.slice(41)])
-    assert encode(pieces, schema, vocabularies, items).to_pylist() == expected
-    assert encode(table.slice(17, 20), schema, vocabularies, items).to_pylist() == expected[17:37]
-    assert encode(table.slice(0, 0), schema, vocabularies, items).schema == encoded.schema
-    kept = encode(table, schema, vocabularies, items, keep=("user_id", "history"))
-    assert kept["raw.user_id"].to_pylist() == [row["user_id"] for row in rows]
-    assert kept["raw.history"].to_pylist() == [row["history"] for row in rows]
-    assert fillers(schema, 2).schema == encoded.schema
-    assert fillers(schema, 2).to_pylist() == 2 * [
-        {"label": 0.0, "item": 0, "filler": True, "user_id": 1, "likes": [], "hour": 1, "history": [0, 0, 0]}
-    ]
-
-
-# --- the plan of an epoch ---
-
-
-def row_groups(*sizes: int) -> list[RowGroup]:
-    return [RowGroup(DAY, f"f{n // 3}", n % 3, size) for n, size in enumerate(sizes)]
-
-
-@pytest.mark.parametrize("good", [1, 63, 64, 65, 500])
-@pytest.mark.parametrize("seed", [None, (1, 2)])
-def test_every_row_group_once_and_whole_batches(good, seed):
-    groups = row_groups(*[10 * n % 37 + 1 for n in range(30)])
-    chunks = plan_epoch(groups, good, 64, seed, chunk_rows=50)
-    assert Counter(g for chunk in chunks for g in chunk.groups) == Counter(groups)
-    assert (good + sum(chunk.fillers for chunk in chunks)) % 64 == 0
-    assert sum(chunk.fillers for chunk in chunks) < 64
-    assert all(chunk.fillers == 0 for chunk in chunks[:-1]) and not chunks[-1].groups
-    assert all(sum(g.rows for g in chunk.groups) <= 50 for chunk in chunks)
-    if seed is None:
-        assert [g for chunk in chunks for g in chunk.groups] == groups
-        assert all(chunk.seed is None for chunk in chunks)
-    else:
-        assert len({chunk.seed for chunk in chunks[:-1]}) == len(chunks) - 1, "no two chunks are shuffled alike"
-
-
-def test_a_row_group_above_the_size_of_a_chunk_stands_alone():
-    groups = row_groups(10, 500, 10)
-    assert [chunk.groups for chunk in plan_epoch(groups, 520, 8, None, 50)][:-1] == [(g,) for g in groups]
-
-
-def test_the_order_is_the_seeds():
-    groups = row_groups(*[20] * 20)
-    plans = {seed: plan_epoch(groups, 400, 32, seed, 40) for seed in [(0, 0), (0, 1), (1, 0)]}
-    assert plans[0, 0] == plan_epoch(groups, 400, 32, (0, 0), 40)
-    orders = {tuple(chunk.groups for chunk in plan) for plan in plans.values()}
-    assert len(orders) == 3
-
-
-@pytest.mark.parametrize("seed", [None, (0,), (1,)])
-def test_days_in_order_and_chunks_shuffled_within_a_day(seed):
-    groups = [replace(group, day=dt.date(2024, 1, 1 + n // 6)) for n, group in enumerate(row_groups(*[20] * 24))]
-    chunks = plan_epoch(groups, 480, 32, seed, 40, by_day=True)[:-1]
-    days = [group.day for chunk in chunks for group in chunk.groups]
-    assert days == sorted(days) and Counter(g for c in chunks for g in c.groups) == Counter(groups)
-    assert all(len({group.day for group in chunk.groups}) == 1 for chunk in chunks)
-    assert ([g for c in chunks for g in c.groups] == groups) == (seed is None)
-
-
-# --- reading ---
-
-
-def raw_rows(folder: Path, day: dt.date) -> list[dict]:
-    paths = sorted((folder / "interactions" / f"dt={day}").iterdir())
-    return [row for path in paths for row in pq.ParquetFile(path).read().to_pylist()]
-
-
-def is_good(row: dict, day: dt.date, items: set) -> bool:
-    at = dt.datetime.fromtimestamp(row["timestamp"], dt.UTC).date()
-    return row["user_id"] is not None and row["item_id"] in items and row["label"] in (0.0, 1.0) and at == day
-
-
-def test_read_chunk_gives_the_good_rows(small_log, small_read):
-    schema, vocabularies, catalog = small_read
-    data, files = str(small_log), list_days(str(small_log))
-    items = {name for path in (small_log / "items").iterdir() for name in pq.read_table(path)["item_id"].to_pylist()}
-    good = [row for day in files for row in raw_rows(small_log, day) if is_good(row, day, items)]
-    assert len(good) == 44 - 5
-    users, item_rows = rows_of(vocabularies["user_id"]), rows_of(catalog.ids)
-    expected = [(users.get(r["user_id"], 1), item_rows[r["item_id"]], r["label"], r["timestamp"]) for r in good]
-    groups = list_row_groups(data, files, tuple(files), schema)
-
-    def read(seed, batch):
-        chunks = plan_epoch(groups, len(good), batch, seed, chunk_rows=14)
-        tables = [t for c in chunks for t in read_chunk(data, c, schema, vocabularies, catalog)]
-        return pa.concat_tables(tables).to_pylist()
-
-    def key(row):
-        return row["user_id"], row["item"], row["label"]
-
-    in_order = read(None, 1)
-    assert [key(row) for row in in_order] == [row[:3] for row in expected]
-    shuffled = read((4,), 16)
-    assert len(shuffled) == 48 and [row["filler"] for row in shuffled[-9:]] == [True] * 9
-    assert Counter(map(str, shuffled[:39])) == Counter(map(str, in_order))
-    assert shuffled == read((4,), 16) and shuffled[:39] != in_order and shuffled[:39] != read((5,), 16)[:39]
-    (one,) = read_chunk(data, plan_epoch(groups, 0, 1, (4,))[0], schema, vocabularies, catalog)
-    assert one.to_pylist() != in_order and Counter(map(str, one.to_pylist())) == Counter(map(str, in_order))
-    (kept,) = read_chunk(
-        data, plan_epoch(groups, 0, 1, None)[0], schema, vocabularies, catalog, keep=("timestamp", "user_id")
-    )
-    assert kept["raw.timestamp"].to_pylist() == [row["timestamp"] for row in good]
-    assert kept["raw.user_id"].to_pylist() == [row["user_id"] for row in good]
-    assert list(read_chunk(data, plan_epoch(groups, 0, 1, None)[-1], schema, vocabularies, catalog)) == []

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from ctrdist import numeric
 from ctrdist.batch import collate
+from ctrdist.encode import encode, fillers
 from ctrdist.errors import UserError
 from ctrdist.fields import load_encoders, new_encoder, save_encoders
 from ctrdist.items import Catalog, build_catalog, grow_catalog_ids, grow_item_vocabularies
-from ctrdist.log import encode, fillers, list_days, list_row_groups
+from ctrdist.log import list_days, list_row_groups
 from ctrdist.numeric import Numeric, add_samples, sample_values
 from ctrdist.scan import Scan, scan_row_group
 from ctrdist.schema import Schema

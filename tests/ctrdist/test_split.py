@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ctrdist.epoch import plan_epoch, read_chunk
 from ctrdist.errors import UserError
 from ctrdist.items import build_catalog, grow_catalog_ids
 from ctrdist.log import (
@@ -18,10 +19,8 @@ from ctrdist.log import (
     find_faults,
     list_days,
     list_row_groups,
-    plan_epoch,
-    read_chunk,
 )
-from ctrdist.scan import Scan, scan_row_group
+from ctrdist.scan import Scan, scan_row_group, with_good_rows
 from ctrdist.schema import Field, Schema
 from ctrdist.vocabulary import Vocabulary
 
@@ -96,13 +95,14 @@ def test_the_scan_counts_every_row_once_and_sets_bad_splits_aside(log, tmp_path)
 
 
 @pytest.mark.parametrize("part", ["train", "valid", "test"])
-def test_a_split_is_read_whole_and_alone(log, part):
+def test_a_split_is_read_whole_and_alone(log, part, tmp_path):
     data, rows = log
     groups = list_row_groups(data, list_days(data), (part,), SCHEMA)
+    scans = [scan_row_group(data, group, SCHEMA, catalog(), tmp_path) for group in groups]
+    groups = with_good_rows(groups, [scan.good[group] for scan, group in zip(scans, groups, strict=True)])
     tables = [
-        table
-        for chunk in plan_epoch(groups, 0, 1, (3, 1), chunk_rows=10)
-        for table in read_chunk(data, chunk, SCHEMA, {"user_id": Vocabulary()}, catalog(), keep=("timestamp",))
+        read_chunk(data, chunk, SCHEMA, {"user_id": Vocabulary()}, catalog(), keep=("timestamp",))
+        for chunk in plan_epoch(groups, 1, (3, 1), chunk_rows=10)
     ]
     assert sorted(pa.concat_tables(tables)["raw.timestamp"].to_pylist()) == [row["timestamp"] for row in rows[part]]
 

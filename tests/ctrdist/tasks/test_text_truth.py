@@ -11,11 +11,12 @@ import torch
 from ctrdist.backbones import BackboneConfigs, dcnv2
 from ctrdist.batch import collate
 from ctrdist.datasets.synthetic import SyntheticConfig, prepare
+from ctrdist.epoch import plan_pass, read_chunk
 from ctrdist.items import ItemTexts, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
 from ctrdist.language import source
 from ctrdist.language.model import LanguageModel
 from ctrdist.language.texts import tokenize
-from ctrdist.log import list_days, list_row_groups, plan_epoch, read_chunk
+from ctrdist.log import list_days, list_row_groups
 from ctrdist.loop import LoopConfig, fit
 from ctrdist.metrics import auc
 from ctrdist.scan import Scan, grow_encoders, item_counts, scan_row_group
@@ -51,8 +52,8 @@ def world(tmp_path_factory):
     catalog = build_catalog(items, ids, schema, vocabularies)
 
     def rows(part) -> pa.Table:
-        chunks = plan_epoch(list_row_groups(data, files, tuple(part), schema), 0, 1, None)
-        return pa.concat_tables(t for c in chunks for t in read_chunk(data, c, schema, vocabularies, catalog))
+        chunks = plan_pass(list_row_groups(data, files, tuple(part), schema))
+        return pa.concat_tables(read_chunk(data, c, schema, vocabularies, catalog) for c in chunks)
 
     ItemTexts.write(folder / "texts.arrow", items, ids, schema)
     texts, model = ItemTexts(folder / "texts.arrow"), LanguageModel.load(source.DEFAULT).eval()

@@ -1,0 +1,93 @@
+"""Rows of the log as integers: what is streamed to the trainers."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ctrdist.fields import Encoder
+from ctrdist.items import Catalog
+from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, Schema
+from ctrdist.vocabulary import UNKNOWN
+
+ITEM, FILLER = "item", "filler"
+
+
+def encode(
+    table: pa.Table, schema: Schema, vocabularies: dict[str, Encoder], catalog: Catalog, keep: tuple[str, ...] = ()
+) -> pa.Table:
+    """Good rows as integers: what is streamed to the trainers.
+
+    Returns:
+        Columns `label` (float32), `item` (int32 catalog row), `history` (fixed-size list of int32 catalog rows, oldest
+        first, padding at the end), each user and context field (int32 row, a list of them, or a float32 number, NaN if
+        missing), `filler` (bool, false), and each column named in `keep` as it is, under the name `raw.` and its own.
+    """
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {
+        LABEL: table[LABEL].cast(pa.float32()),
+        ITEM: pa.array(catalog.ids.lookup(table[ITEM_ID], ITEM_ID)),
+        FILLER: pa.array(np.zeros(table.num_rows, bool)),
+    }
+    for field in schema.row_fields:
+        values, vocabulary = table[field.name].combine_chunks(), vocabularies[field.name]
+        if field.kind == MULTI:
+            offsets, flat = list_parts(values)
+            columns[field.name] = pa.LargeListArray.from_arrays(offsets, vocabulary.lookup(flat, field.name))
+        else:
+            columns[field.name] = pa.array(vocabulary.lookup(values, field.name))
+    if schema.history_length:
+        rows = recent_rows(table[HISTORY].combine_chunks(), catalog, schema.history_length)
+        columns[HISTORY] = pa.FixedSizeListArray.from_arrays(rows.ravel(), schema.history_length)
+    return pa.table(columns | {f"raw.{name}": _one_type(table[name]) for name in keep})
+
+
+def _one_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The same values in the widest type of their kind, whatever the file's: int64, float64 or large_string."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_integer(column.type):
+        return column.cast(pa.int64(), safe=False)
+    if pa.types.is_floating(column.type):
+        return column.cast(pa.float64())
+    return column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
+
+
+def list_parts(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
+    """Offsets (int64, from 0) and flat values of a list column; a null list is an empty one."""
+    if pa.types.is_null(lists.type):
+        lists = lists.cast(pa.list_(pa.null()))
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), pc.list_flatten(lists)
+
+
+def recent_rows(histories: pa.Array, catalog: Catalog, length: int) -> np.ndarray:
+    """The last `length` items of each history as catalog rows, int32 [n, length], oldest first, zeros at the end."""
+    offsets, flat = list_parts(histories)
+    ends = offsets[1:, None]
+    starts = np.maximum(offsets[:-1, None], ends - length)
+    at = starts + np.arange(length)
+    inside = at < ends
+    rows = catalog.ids.lookup(flat, HISTORY)
+    out = np.zeros(at.shape, np.int32)
+    out[inside] = rows[at[inside]]
+    return out
+
+
+def fillers(schema: Schema, count: int) -> pa.Table:
+    """`count` rows that stand for nothing: they fill the last batch of an epoch; who gets them drops them."""
+    columns: dict[str, pa.Array] = {
+        LABEL: pa.array(np.zeros(count, np.float32)),
+        ITEM: pa.array(np.zeros(count, np.int32)),
+        FILLER: pa.array(np.ones(count, bool)),
+    }
+    for field in schema.row_fields:
+        if field.kind == MULTI:
+            empty = pa.LargeListArray.from_arrays(np.zeros(count + 1, np.int64), np.empty(0, np.int32))
+            columns[field.name] = empty
+        else:
+            missing = np.full(count, np.nan, np.float32) if field.is_value else np.full(count, UNKNOWN, np.int32)
+            columns[field.name] = pa.array(missing)
+    if schema.history_length:
+        columns[HISTORY] = pa.FixedSizeListArray.from_arrays(
+            np.zeros(count * schema.history_length, np.int32), schema.history_length
+        )
+    return pa.table(columns)
