@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ctrdist.embedding import tables_of
+from ctrdist.embedding import EmbeddingTable, tables_of
 from ctrdist.errors import UserError
 from ctrdist.group import Group, attach_group
 from ctrdist.metrics import StreamingMetrics
@@ -138,17 +138,9 @@ def fit(
             batch = next(batches).to(device)
         torch.manual_seed(hash((config.seed, progress.step, group.rank)) & 0x7FFFFFFF)
         factor = learning_rate(config.schedule, config.warmup, progress.step, total)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = parameters["initial_lr"] * factor
         with autocast:
             losses = model(batch)
-        losses["loss"].backward()
-        if config.clip_norm:
-            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for table in tables:
-            table.push(group, factor)
+        update(losses["loss"], optimizer, tables, group, factor, config.clip_norm)
         progress.step += 1
         meter.add(losses, len(batch) * group.size)
         ended = progress.step % config.steps_per_epoch == 0
@@ -172,6 +164,31 @@ def fit(
         table.settle()
     task.eval()
     return progress
+
+
+def update(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    tables: list[EmbeddingTable],
+    group: Group,
+    factor: float = 1.0,
+    clip_norm: float = 0.0,
+) -> None:
+    """What follows the forward pass in a step of training: gradients, and the updates of network and tables.
+
+    Args:
+        factor: on every learning rate.
+        clip_norm: largest norm of the dense gradients; 0 for no limit.
+    """
+    loss.backward()
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = parameters["initial_lr"] * factor
+    if clip_norm:
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for table in tables:
+        table.push(group, factor)
 
 
 def make_optimizer(task: Task) -> torch.optim.AdamW:
