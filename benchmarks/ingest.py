@@ -38,6 +38,7 @@ from ctrdist.storage import State
 from ctrdist.vocabulary import Vocabulary, sum_counts
 from raycluster import cluster, ingest
 from raycluster.ingest import LogReader
+from raycluster.trainer import InOrder
 
 ROWS_A_DAY = 500_000
 BYTES_A_ROW = 4 * (20 + 1 + 1 + 1 + 3 + 2 + 1) + 8 * 4 + 1
@@ -170,7 +171,7 @@ def through_ray(reader: LogReader, groups: list, batch: int, workers: int) -> tu
     began, rows, share = time.time(), sum(group.rows for group in groups), batch // workers
     together, _ = ingest.deal(rows, batch)
     stream = ingest.stream(reader, plan_epoch(groups, batch * together, None), share * together)
-    shares = ingest.InOrder().configure({"train": stream}, workers, None, None)
+    shares = InOrder().configure({"train": stream}, workers, None, None)
     calls = [(reader, own["train"], share, together) for own in shares]
     counts, first, last = zip(*cluster.in_parallel(consume, calls, cpus=0), strict=True)
     return sum(counts), min(first) - began, max(last) - began

@@ -24,10 +24,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import OneHotEncoder
 
-from ctrdist.language.texts import join_texts
 from ctrdist.metrics import auc, log_loss
 from ctrdist.schema import Schema
 from ctrdist.storage import State
+from ctrdist.texts import join_texts
 
 ROOT = Path(__file__).parents[1]
 

@@ -114,36 +114,58 @@ def collate(table: pa.Table, schema: Schema, catalog: Catalog, text_table: np.nd
     if filler.any():
         table = table.filter(pa.array(~filler))
     table = table.combine_chunks()
-    size = table.num_rows
     row_fields = {}
     for field in schema.row_fields:
         column = table[field.name].combine_chunks()
         if field.kind == MULTI:
             offsets, flat = list_parts(column)
-            row_fields[field.name] = Lookup.of(Ragged(flat.to_numpy(), offsets))
+            row_fields[field.name] = Ragged(flat.to_numpy(), offsets)
         else:
-            row_fields[field.name] = Lookup.of(column.to_numpy())
-    target = table[ITEM].to_numpy()
+            row_fields[field.name] = column.to_numpy()
     length = schema.history_length
     history = table[HISTORY].combine_chunks().flatten().to_numpy() if length else np.empty(0, np.int32)
-    items, index = np.unique(np.concatenate([[PADDING], target, history]), return_inverse=True)
-    item_fields = {
-        field.name: Lookup.of(column.take(items) if isinstance(column, Ragged) else column[items])
-        for field in schema.item
-        for column in [catalog.fields[field.name]]
-    }
+    return join_items(
+        table[LABEL].to_numpy(),
+        row_fields,
+        table[ITEM].to_numpy(),
+        history.reshape(table.num_rows, length),
+        {field.name: catalog.fields[field.name] for field in schema.item},
+        text_table,
+    )
+
+
+def join_items(
+    label: np.ndarray,
+    row_fields: dict[str, np.ndarray | Ragged],
+    target: np.ndarray,
+    history: np.ndarray,
+    item_fields: dict[str, np.ndarray | Ragged],
+    text_table: np.ndarray | None = None,
+) -> Batch:
+    """B encoded rows as a Batch: distinct rows of every table, and the item side of every distinct item.
+
+    Args:
+        label: [B].
+        row_fields: user and context fields by name, B values or bags each.
+        target: int [B], catalog rows.
+        history: int [B, T], catalog rows, 0 at the end.
+        item_fields: item fields by name, a value or bag for each catalog row.
+        text_table: float [catalog rows, dim].
+    """
+    size = len(label)
+    items, index = np.unique(np.concatenate([[PADDING], target, history.ravel()]), return_inverse=True)
     index = torch.from_numpy(index.astype(np.int64))
-    text = None
-    if text_table is not None:
-        text = torch.from_numpy(np.array(text_table[items], dtype=np.float32))
     return Batch(
-        label=torch.from_numpy(table[LABEL].to_numpy().astype(np.float32)),
-        row_fields=row_fields,
+        label=torch.from_numpy(label.astype(np.float32)),
+        row_fields={name: Lookup.of(values) for name, values in row_fields.items()},
         items=torch.from_numpy(items.astype(np.int64)),
-        item_fields=item_fields,
+        item_fields={
+            name: Lookup.of(column.take(items) if isinstance(column, Ragged) else column[items])
+            for name, column in item_fields.items()
+        },
         target=index[1 : 1 + size],
-        history=index[1 + size :].reshape(size, length),
-        text=text,
+        history=index[1 + size :].reshape(history.shape),
+        text=None if text_table is None else torch.from_numpy(np.array(text_table[items], dtype=np.float32)),
     )
 
 

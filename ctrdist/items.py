@@ -16,10 +16,10 @@ from pyarrow import fs
 
 from ctrdist.errors import UserError, nearest
 from ctrdist.fields import Encoder, new_encoder
-from ctrdist.language.texts import join_texts, with_large_offsets
 from ctrdist.numeric import sample_values, to_numbers
 from ctrdist.schema import ITEM_ID, MULTI, NUMERIC, Schema
 from ctrdist.storage import filesystem
+from ctrdist.texts import join_texts, with_large_offsets
 from ctrdist.vocabulary import UNKNOWN, Vocabulary, sum_counts, to_keys
 
 

@@ -15,13 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pyarrow import fs
 
 from ctrdist.errors import UserError
-from ctrdist.group import Group
+
+if TYPE_CHECKING:
+    from ctrdist.group import Group
 
 
 def filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
@@ -108,7 +110,7 @@ class State:
 
     @contextmanager
     def create(
-        self, name: str, inputs: str = "", facts: dict[str, Any] | None = None, group: Group | None = None
+        self, name: str, inputs: str = "", facts: dict[str, Any] | None = None, group: "Group | None" = None
     ) -> Iterator[Path]:
         """A local folder to write output `name` into; it exists, and replaces an earlier one, when the block ends.
 
@@ -119,6 +121,8 @@ class State:
                 another rank writes is named like `x-00002-of-00008.y`, by rank and size. A local state lies on a
                 filesystem that all of them have.
         """
+        from ctrdist.group import Group  # and with it torch, which a process that only reads need not wait for
+
         filesystem_, root = filesystem(self.uri)
         group = group or Group()
         folder = group.share(f"{name}.{uuid.uuid4().hex[:8]}")[0]

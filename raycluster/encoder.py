@@ -13,7 +13,7 @@ from ray.data import ActorPoolStrategy
 from ctrdist.errors import UserError
 from ctrdist.items import ItemTexts
 from ctrdist.language.model import LanguageModel
-from ctrdist.language.texts import tokenize
+from ctrdist.language.tokens import tokenize
 from ctrdist.loop import use_bfloat16
 from ctrdist.optim import Precision
 from ctrdist.storage import Manifest, State, fingerprint

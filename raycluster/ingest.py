@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from ray.train import DataConfig
 
 from ctrdist.epoch import Chunk, read_chunk
 from ctrdist.fields import Encoder, load_encoders
@@ -89,25 +88,6 @@ def stream(reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tu
     dataset = ray.data.range(len(chunks), override_num_blocks=len(chunks)).map_batches(read, batch_size=1, num_cpus=0.5)
     # Ray does this cut in the task that reads; a strict one would be an operator of its own, at a third of the cost.
     return dataset.repartition(target_num_rows_per_block=block_rows, strict=False) if block_rows else dataset
-
-
-class InOrder(DataConfig):
-    """Deals blocks to the training workers in turn, all of them: worker r of W gets blocks r, r + W, r + 2 W, ...
-
-    A block holds one worker's shares of k global batches (`deal`), of which `split` makes batches. Ray's default would
-    even the shares out by dropping rows.
-    """
-
-    def configure(self, datasets, world_size, worker_handles, worker_node_ids, **_kwargs):
-        """Ray Train's hook: one dictionary of iterators a worker."""
-        shares: list[dict] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            dataset = dataset.copy(dataset)
-            dataset.context.execution_options.preserve_order = True
-            parts = dataset.streaming_split(world_size, equal=False, locality_hints=None)
-            for share, part in zip(shares, parts, strict=True):
-                share[name] = part
-        return shares
 
 
 def scan(reader: LogReader, groups: list[RowGroup], ids: dict[Part, IdsOf], quarantine: Path) -> Scan:

@@ -1,6 +1,8 @@
 """The walls of the house: imports go one way, jobs -> raycluster -> ctrdist."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,8 @@ def test_only_raycluster_and_jobs_know_ray():
     for folder in ("ctrdist", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             assert "ray" not in imported(path), path
+
+
+def test_what_reads_the_log_starts_without_torch():
+    code = "import sys, raycluster.ingest; print({'torch', 'ray.train', 'transformers', 'mlflow'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

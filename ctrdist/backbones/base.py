@@ -66,6 +66,11 @@ class Backbone(nn.Module):
         self.output = nn.Linear(width, 1)
 
 
+def target_item(inputs: Inputs) -> Tensor:
+    """The target item's own fields, joined, [B, F_h * d]: what a behaviour is compared with."""
+    return torch.cat([inputs.fields[:, field] for field in inputs.target], 1)  # a list as index waits for the device
+
+
 def all_fields(inputs: Inputs) -> Tensor:
     """The fields, then the pooled history as more fields, [B, F + F_h, d]: for networks without sequences."""
     return torch.cat([inputs.fields, pooled_history(inputs)], 1)

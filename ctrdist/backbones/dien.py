@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ctrdist.backbones.base import Backbone, Inputs, Shape
+from ctrdist.backbones.base import Backbone, Inputs, Shape, target_item
 from ctrdist.backbones.layers import GRU, MLP, Activation
 from ctrdist.group import Group
 from ctrdist.losses import global_mean
@@ -69,7 +69,7 @@ class DIEN(Backbone):
         if not mask.shape[1]:  # one step of padding, so that all weights take part
             behaviours, mask = F.pad(behaviours, (0, 0, 0, 1)), F.pad(mask, (0, 1))
         interests = self.interests(behaviours, mask)
-        target = inputs.fields[:, list(inputs.target)].flatten(1)
+        target = target_item(inputs)
         representation = self.mlp(torch.cat([fields, self.evolved(interests, target, mask)], 1))
         if not self.training or not self.auxiliary_weight:
             return representation, direct, {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctrdist.backbones.base import Backbone, Inputs, Shape
+from ctrdist.backbones.base import Backbone, Inputs, Shape, target_item
 from ctrdist.backbones.layers import MLP, Activation
 
 
@@ -56,7 +56,7 @@ class DIN(Backbone):
     def interests(self, inputs: Inputs) -> Tensor:
         """The behaviours weighted by the target's attention, [B, F_h * d]; zeros without behaviours."""
         keys = inputs.history.flatten(2)
-        query = inputs.fields[:, list(inputs.target)].flatten(1).unsqueeze(1).expand_as(keys)
+        query = target_item(inputs).unsqueeze(1).expand_as(keys)
         pairs = torch.cat([query, keys, query - keys, query * keys], 2)
         weights = self.score(self.attention(pairs)).squeeze(2)
         if self.softmax:

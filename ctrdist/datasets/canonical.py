@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ctrdist.errors import UserError
-from ctrdist.language.texts import join_texts
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, SPLIT, TIMESTAMP, USER_ID, Schema
+from ctrdist.texts import join_texts
 
 SECONDS_A_DAY = 86_400
 ROWS_PER_FILE = 500_000  # keeps the int32 offsets of strings and histories far from their limit

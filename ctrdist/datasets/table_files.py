@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from ctrdist.errors import UserError
 from ctrdist.items import require_columns
-from ctrdist.language.texts import join_texts
+from ctrdist.texts import join_texts
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 ROWS_AT_ONCE = 262_144

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ctrdist.errors import UserError
-from ctrdist.language.texts import TokenBatch
+from ctrdist.language.tokens import TokenBatch
 
 
 @dataclass(frozen=True)

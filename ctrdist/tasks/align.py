@@ -11,7 +11,7 @@ from ctrdist.errors import UserError
 from ctrdist.group import Group
 from ctrdist.language.encoder import TextEncoder
 from ctrdist.language.model import decayed
-from ctrdist.language.texts import TokenBatch
+from ctrdist.language.tokens import TokenBatch
 from ctrdist.losses import SIMILARITIES, global_mean, in_batch_logits, symmetric_info_nce
 from ctrdist.tasks import Task
 

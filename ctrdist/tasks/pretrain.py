@@ -10,7 +10,7 @@ from ctrdist.errors import UserError
 from ctrdist.group import Group
 from ctrdist.language.masking import MaskVocabulary, mask_tokens
 from ctrdist.language.model import LanguageModel
-from ctrdist.language.texts import TokenBatch
+from ctrdist.language.tokens import TokenBatch
 from ctrdist.losses import info_nce, masked_language_model
 from ctrdist.tasks import Task
 

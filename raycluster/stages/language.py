@@ -17,7 +17,7 @@ from ctrdist.items import ItemTexts, Ragged, item_batches
 from ctrdist.language import source
 from ctrdist.language.encoder import HEAD, TextEncoder
 from ctrdist.language.model import LanguageModel, load_tokenizer
-from ctrdist.language.texts import TokenBatch, tokenize
+from ctrdist.language.tokens import TokenBatch, tokenize
 from ctrdist.loop import LoopConfig
 from ctrdist.optim import Precision
 from ctrdist.storage import Manifest, State, fingerprint

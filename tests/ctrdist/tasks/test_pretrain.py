@@ -10,7 +10,7 @@ from ctrdist.errors import UserError
 from ctrdist.group import Group, attach_group
 from ctrdist.language.masking import mask_tokens
 from ctrdist.language.model import LanguageModel
-from ctrdist.language.texts import TokenBatch, tokenize
+from ctrdist.language.tokens import TokenBatch, tokenize
 from ctrdist.losses import info_nce
 from ctrdist.tasks.pretrain import DomainAdaptivePretraining, PretrainConfig
 

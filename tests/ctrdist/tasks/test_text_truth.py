@@ -15,7 +15,7 @@ from ctrdist.epoch import plan_pass, read_chunk
 from ctrdist.items import ItemTexts, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
 from ctrdist.language import source
 from ctrdist.language.model import LanguageModel
-from ctrdist.language.texts import tokenize
+from ctrdist.language.tokens import tokenize
 from ctrdist.log import list_days, list_row_groups
 from ctrdist.loop import LoopConfig, fit
 from ctrdist.metrics import auc

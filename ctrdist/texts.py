@@ -1,20 +1,13 @@
-"""Items -> texts -> tokens."""
+"""Items -> texts, by Arrow's kernels."""
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch import Tensor
 
 from ctrdist.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TEXT = pa.large_string()
 
@@ -39,79 +32,6 @@ def join_texts(items: pa.Table, parts: Sequence[str]) -> pa.Array:
     # Arrow's own null_handling="skip" loses the rows that are null in every part.
     filled = [pa.array([""] * items.num_rows, TEXT)] + [pc.fill_null(_fill(items, part), "") for part in parts]
     return pc.utf8_trim_whitespace(pc.binary_join_element_wise(*filled, pa.scalar("", TEXT)))
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """The tokens of some items' texts.
-
-    Args:
-        items: [B] int64, catalog rows.
-        input_ids: [B, L] int64, padded on the right.
-        attention_mask: [B, L] int64, 1 at real tokens; each row has one at least.
-        epoch: which pass over the items this is; masks differ from epoch to epoch.
-        lengths: real tokens of each text, known without asking the device; () if nobody counted.
-    """
-
-    items: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
-    epoch: int = 0
-    lengths: tuple[int, ...] = ()
-
-    def __len__(self) -> int:
-        return self.items.shape[0]
-
-    def to(self, device: torch.device | str) -> "TokenBatch":
-        """The same batch on a device."""
-        names = ("items", "input_ids", "attention_mask")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
-
-    def buckets(self, count: int) -> list["TokenBatch"]:
-        """The same texts in at most `count` batches of like length, short ones first, each padded to its own longest.
-
-        Most of the padding, and of the time that a model spends on it, is gone. A batch without lengths stays whole.
-        """
-        order = np.argsort(self.lengths, kind="stable")
-        parts = [part for part in np.array_split(order, count) if len(part)]
-        return [self._take(part) for part in parts] or [self]
-
-    def _take(self, rows: np.ndarray) -> "TokenBatch":
-        lengths = tuple(self.lengths[row] for row in rows)
-        at = torch.from_numpy(rows).to(self.items.device, non_blocking=True)
-        longest = max(lengths)
-        return TokenBatch(
-            self.items[at], self.input_ids[at, :longest], self.attention_mask[at, :longest], self.epoch, lengths
-        )
-
-
-def tokenize(
-    tokenizer: "PreTrainedTokenizerBase", texts: list[str], items: Sequence[int], max_length: int, epoch: int = 0
-) -> TokenBatch:
-    """Tokens of texts, with special tokens, cut to `max_length` and to what the model can read, padded to the longest.
-
-    A text without any token gets one padding token as its only real one. No texts at all give L = 2.
-
-    Args:
-        tokenizer: `LanguageModel.tokenizer`.
-        texts: B texts.
-        items: [B] their catalog rows.
-        max_length: most tokens of a text, special tokens included.
-        epoch: passed on to the batch.
-    """
-    assert len(texts) == len(items), (len(texts), len(items))
-    rows = torch.as_tensor(np.asarray(items, dtype=np.int64))
-    if not texts:
-        return TokenBatch(rows, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64), epoch)
-    limit = min(max_length, tokenizer.model_max_length)
-    ids = tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
-    lengths = np.array([len(row) for row in ids])
-    shown = np.maximum(lengths, 1)
-    real = np.arange(shown.max()) < shown[:, None]
-    padded = np.full(real.shape, tokenizer.pad_token_id or 0, dtype=np.int64)
-    padded[np.arange(real.shape[1]) < lengths[:, None]] = np.concatenate(ids)
-    mask = torch.from_numpy(real.astype(np.int64))
-    return TokenBatch(rows, torch.from_numpy(padded), mask, epoch, tuple(shown.tolist()))
 
 
 def _fill(items: pa.Table, part: str) -> pa.Array:
