@@ -1,6 +1,5 @@
 """What a user gets wrong: one message with the way out, and exit status 1."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -12,13 +11,10 @@ import pytest
 
 from ctrdist.datasets.synthetic import SyntheticConfig, prepare
 from ctrdist.storage import State
+from jobs import cela_daily as JOB
 from raycluster import cli
 
 ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("cela_daily", ROOT / "jobs" / "cela_daily.py")
-JOB = importlib.util.module_from_spec(SPEC)
-sys.modules["cela_daily"] = JOB
-SPEC.loader.exec_module(JOB)
 
 
 @pytest.fixture(scope="module")

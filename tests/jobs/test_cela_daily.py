@@ -1,9 +1,7 @@
 """The daily job, whole, on a small world and a tiny language model."""
 
 import datetime as dt
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +20,9 @@ from ctrdist.storage import State
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig, FuseConfig
 from ctrdist.tasks.pretrain import PretrainConfig
+from jobs import cela_daily as JOB
 from raycluster.encoder import EncodeConfig
 from raycluster.stages.language import LanguageModelConfig
-
-ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("cela_daily", ROOT / "jobs" / "cela_daily.py")
-JOB = importlib.util.module_from_spec(SPEC)
-sys.modules["cela_daily"] = JOB
-SPEC.loader.exec_module(JOB)
 
 FIRST, SECOND = dt.date(2024, 1, 4), dt.date(2024, 1, 5)
 

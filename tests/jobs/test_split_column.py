@@ -1,9 +1,7 @@
 """The daily job over the parts that a log brings itself."""
 
 import datetime as dt
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,14 +18,9 @@ from ctrdist.storage import State
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.pretrain import PretrainConfig
+from jobs import cela_daily as JOB
 from raycluster.encoder import EncodeConfig
 from raycluster.stages.language import LanguageModelConfig
-
-ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("cela_daily_by_split", ROOT / "jobs" / "cela_daily.py")
-JOB = importlib.util.module_from_spec(SPEC)
-sys.modules["cela_daily_by_split"] = JOB
-SPEC.loader.exec_module(JOB)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """One model alone, over days."""
 
 import datetime as dt
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,13 +16,10 @@ from ctrdist.errors import UserError
 from ctrdist.fields import load_encoders
 from ctrdist.storage import State
 from ctrdist.tasks.click import ClickConfig
+from jobs import train as JOB
 from raycluster import cli
 
 ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("train", ROOT / "jobs" / "train.py")
-JOB = importlib.util.module_from_spec(SPEC)
-sys.modules["train"] = JOB
-SPEC.loader.exec_module(JOB)
 
 
 @pytest.fixture(scope="module")
