@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class Lookup:
     """What a batch asks of one embedding table: distinct rows, and where each goes.
 
     Args:
-        rows: int64 [R], distinct table rows, ascending.
+        rows: int64 [R], distinct table rows.
         index: int64 [n] into `rows`, one a value.
         offsets: None for one value each; else int64 [m + 1], the values of bag i are `index[offsets[i]:offsets[i+1]]`.
         factors: None, or float32 [n], what each value's vector is multiplied by: a numeric field's numbers.
@@ -39,7 +40,7 @@ class Lookup:
             rows = torch.tensor([UNKNOWN, FIRST_ROW])
             return cls(rows, torch.from_numpy(known.astype(np.int64)), None, torch.from_numpy(factors))
         flat = values.values if isinstance(values, Ragged) else values
-        rows, index = np.unique(flat, return_inverse=True)
+        index, rows = distinct(flat)
         offsets = torch.from_numpy(np.asarray(values.offsets)) if isinstance(values, Ragged) else None
         return cls(torch.from_numpy(rows.astype(np.int64)), torch.from_numpy(index.astype(np.int64)), offsets)
 
@@ -58,7 +59,7 @@ class Batch:
     Args:
         label: float32 [B].
         row_fields: user and context fields by name, a look-up of B values or bags each.
-        items: int64 [U], the distinct catalog rows, ascending; items[0] is padding, row 0.
+        items: int64 [U], the distinct catalog rows; items[0] is padding, row 0.
         item_fields: item fields by name, a look-up of U values or bags each.
         target: int64 [B] into `items`.
         history: int64 [B, T] into `items`, oldest first, 0 (padding) at the end; T is 0 without histories.
@@ -153,7 +154,7 @@ def join_items(
         text_table: float [catalog rows, dim].
     """
     size = len(label)
-    items, index = np.unique(np.concatenate([[PADDING], target, history.ravel()]), return_inverse=True)
+    index, items = distinct(np.concatenate([[PADDING], target, history.ravel()]))
     index = torch.from_numpy(index.astype(np.int64))
     return Batch(
         label=torch.from_numpy(label.astype(np.float32)),
@@ -167,6 +168,11 @@ def join_items(
         history=index[1 + size :].reshape(history.shape),
         text=None if text_table is None else torch.from_numpy(np.array(text_table[items], dtype=np.float32)),
     )
+
+
+def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each of `values`, integers [n], is among the distinct ones, int64 [n]; and these as they first appear."""
+    return pd.factorize(values)  # by hashing: a third of the time of a sort
 
 
 def load_text_table(folder: Path | None) -> np.ndarray | None:

@@ -141,7 +141,7 @@ class EmbeddingTable(nn.Module):
 
     def read(self, places: Tensor) -> Tensor:
         """Values of the rows at `places` [n, dim], with the decay that they have missed."""
-        values = self._wide(self.weight[places])
+        values = self._wide(self.weight.index_select(0, places))
         return values * self._missed(places) if self.optimizer.decoupled else values
 
     @staticmethod
@@ -153,7 +153,7 @@ class EmbeddingTable(nn.Module):
         """Store `values` [n, dim] of the rows at `places`."""
         if self.weight.dtype == torch.bfloat16:
             values = round_randomly(values, self.numbers(places), self.seed, self.roundings)
-        self.weight[places] = values
+        self.weight.index_copy_(0, places, values)
 
     def _count_rounding(self) -> None:
         if "roundings" in self.state_names:
@@ -196,11 +196,12 @@ class EmbeddingTable(nn.Module):
 
         The padding row never changes. Call it on every worker after the backward pass.
         """
-        sent = group.sent
+        sent, distinct = group.sent, group.size == len(self._pending) == 1
         ids, gradients = self._collect(group)
         self.traffic += group.sent - sent
         self._pending.clear()
-        ids, gradients = sum_rows(ids, gradients / group.size)
+        if not distinct:
+            ids, gradients = sum_rows(ids, gradients / group.size)
         keep = ids != PADDING
         ids, gradients = ids[keep], gradients[keep]
         self.rows_touched = len(ids)
@@ -212,12 +213,12 @@ class EmbeddingTable(nn.Module):
             self.decay += math.log(self.optimizer.shrink(lr_scale))
         self._count_rounding()
         values = self.read(places)
-        state = {name: getattr(self, name)[places] for name in self.optimizer.state_names}
+        state = {name: getattr(self, name).index_select(0, places) for name in self.optimizer.state_names}
         self._write(places, self.optimizer.step(values, gradients, state, lr_scale))
         if self.optimizer.decoupled:
-            state["decayed"] = self.decay.to(self.decayed.dtype)
+            state["decayed"] = self.decay.to(self.decayed.dtype).expand(len(places))
         for name, value in state.items():
-            getattr(self, name)[places] = value
+            getattr(self, name).index_copy_(0, places, value)
 
 
 class Tables(nn.Module):

@@ -68,7 +68,8 @@ class Backbone(nn.Module):
 
 def target_item(inputs: Inputs) -> Tensor:
     """The target item's own fields, joined, [B, F_h * d]: what a behaviour is compared with."""
-    return torch.cat([inputs.fields[:, field] for field in inputs.target], 1)  # a list as index waits for the device
+    fields = inputs.fields  # a list as an index would wait for the device
+    return torch.cat([fields[:, :0].flatten(1), *(fields[:, number] for number in inputs.target)], 1)
 
 
 def all_fields(inputs: Inputs) -> Tensor:

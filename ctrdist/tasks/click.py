@@ -189,10 +189,11 @@ class ClickModel(Task):
             if self.columns > self.config.dim:
                 text = torch.cat([text, self.text_weight(text)], 1)
             items = torch.cat([items, text.unsqueeze(1)], 1)
-        target = items[batch.target]
+        target = items.index_select(0, batch.target)
         fields = torch.cat([torch.stack(rows, 1), target], 1) if rows else target
-        mask = batch.items[batch.history] != 0
-        inputs = Inputs(fields, items[batch.history][:, :, : len(self.target)], mask, self.target)
+        history = items.index_select(0, batch.history.flatten()).unflatten(0, batch.history.shape)
+        mask = batch.history != 0
+        inputs = Inputs(fields, history[:, :, : len(self.target)], mask, self.target)
         if self.columns > self.config.dim:
             first_order = all_fields(inputs)[:, :, -1]
             fields, history = fields[:, :, :-1], inputs.history[..., :-1]

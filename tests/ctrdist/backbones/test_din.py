@@ -32,7 +32,7 @@ def relu_network(linears: list[nn.Linear], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("softmax", [False, True])
 def test_interests_are_equation_3_row_by_row(softmax: bool):
     model, inputs = model_of(softmax=softmax), inputs_of()
-    linears = [layer for layer in model.attention.modules() if isinstance(layer, nn.Linear)]
+    *linears, last = [layer for layer in model.attention.modules() if isinstance(layer, nn.Linear)]
     found = model.interests(inputs)
     assert found.shape == (B, FH * D)
     for b in range(B):
@@ -42,7 +42,7 @@ def test_interests_are_equation_3_row_by_row(softmax: bool):
             if inputs.mask[b, t]:
                 key = torch.cat([inputs.history[b, t, 0], inputs.history[b, t, 1]])
                 hidden = relu_network(linears, torch.cat([query, key, query - key, query * key]))
-                scores.append((model.score.weight[0] @ hidden + model.score.bias[0]).item())
+                scores.append((last.weight[0] @ hidden + last.bias[0]).item())
                 keys.append(key)
         if softmax:
             total = sum(math.exp(score) for score in scores)

@@ -75,7 +75,7 @@ def without_text(name: str, stacked: bool, width: int) -> dict[str, list[list[in
     x0 = [*range(5 * D), *range(fields, fields + 2 * D)]
     if name == "din":
         pairs = [part * behaviour + i for part in range(4) for i in range(2 * D)]
-        return {"attention.layers.0.weight": [pairs], "mlp.layers.0.weight": [x0]}
+        return {"attention.0.weight": [pairs], "mlp.layers.0.weight": [x0]}
     assert name == "dcnv2"
     kept = {"mlp.layers.0.weight": [x0]}
     for layer in range(2):
