@@ -71,7 +71,7 @@ def predicted_bytes(store: str, ids: int, dim: int, workers: int) -> float:
     """Bytes that a worker sends a step, of which each has `ids` distinct ids, as in `docs/scale.md`."""
     others = workers - 1
     if store == "replicated":
-        return others * (ids * (8 + 4 * dim) + 16)
+        return others * (ids * (8 + 4 * dim) + 8)
     return others * (ids / workers * (8 + 8 * dim) + 8)
 
 

@@ -29,7 +29,7 @@ class EmbeddingTable(nn.Module):
     """One table, replicated on every worker. Its weights are a buffer: DDP and dense optimizers never see them.
 
     `rows_touched` is the number of rows that the last step updated here, and `traffic` the bytes that this worker has
-    sent for the table so far.
+    sent for the table so far (its share of what went for several tables together).
 
     Args:
         rows: rows of the table, padding (0) and unknown (1) included.
@@ -41,6 +41,9 @@ class EmbeddingTable(nn.Module):
         storage: dtype of the weights at rest, float32 or bfloat16. The optimizer computes in float32 and keeps its
             state in it; what goes back is rounded at random, so that small steps add up (`ctrdist.rounding`).
     """
+
+    replicated = True
+    """Whether every worker has all rows."""
 
     def __init__(
         self,
@@ -130,10 +133,10 @@ class EmbeddingTable(nn.Module):
         return self.read(rows), rows
 
     def _collect(self, group: Group) -> tuple[Tensor, Tensor]:
-        """Rows that this worker is to update, and their gradients, of all workers and look-ups; rows may repeat."""
+        """Rows of this worker's look-ups and their gradients; rows may repeat. What others are to know of is sent."""
         ids = [rows for rows, _ in self._pending] or [torch.empty(0, dtype=torch.int64, device=self.weight.device)]
         gradients = [gradient_of(leaf) for _, leaf in self._pending] or [self._wide(self.weight[:0])]
-        return group.all_gather(torch.cat(ids)), group.all_gather(torch.cat(gradients))
+        return torch.cat(ids), torch.cat(gradients)
 
     def row_buffers(self) -> dict[str, Tensor]:
         """What the table holds for each row, by name."""
@@ -194,14 +197,15 @@ class EmbeddingTable(nn.Module):
     def push(self, group: Group, lr_scale: float = 1.0) -> None:
         """Update the rows fetched since the last push by the mean over the workers of their gradients.
 
-        The padding row never changes. Call it on every worker after the backward pass.
+        The padding row never changes. Call it on every worker after the backward pass; `push_all` does several tables
+        at once.
         """
-        sent, distinct = group.sent, group.size == len(self._pending) == 1
-        ids, gradients = self._collect(group)
-        self.traffic += group.sent - sent
-        self._pending.clear()
+        push_all([self], group, lr_scale)
+
+    def _descend(self, ids: Tensor, gradients: Tensor, distinct: bool, lr_scale: float) -> None:
+        """Update rows by the sums of their gradients [n, dim], from all workers; `distinct` if none repeats."""
         if not distinct:
-            ids, gradients = sum_rows(ids, gradients / group.size)
+            ids, gradients = sum_rows(ids, gradients)
         keep = ids != PADDING
         ids, gradients = ids[keep], gradients[keep]
         self.rows_touched = len(ids)
@@ -219,6 +223,45 @@ class EmbeddingTable(nn.Module):
             state["decayed"] = self.decay.to(self.decayed.dtype).expand(len(places))
         for name, value in state.items():
             getattr(self, name).index_copy_(0, places, value)
+
+
+@torch.no_grad()
+def push_all(tables: list[EmbeddingTable], group: Group, lr_scale: float = 1.0) -> None:
+    """`EmbeddingTable.push` of several tables: rows and gradients of all replicated ones travel together."""
+    collected, distinct = [], [group.size == len(table._pending) == 1 for table in tables]
+    for table in tables:
+        sent = group.sent
+        collected.append(table._collect(group))
+        table.traffic += group.sent - sent
+        table._pending.clear()
+    replicas = [number for number, table in enumerate(tables) if table.replicated]
+    if group.size > 1 and replicas:
+        sent, own = group.sent, [collected[number] for number in replicas]
+        gathered = gather_rows(own, group)
+        sent = group.sent - sent
+        shares = [ids.nbytes + gradients.nbytes + ids.itemsize for ids, gradients in own]
+        for number, share, everyones in zip(replicas, shares, gathered, strict=True):
+            tables[number].traffic += sent * share / sum(shares)
+            collected[number] = everyones
+    for table, (ids, gradients), alone in zip(tables, collected, distinct, strict=True):
+        table._descend(ids, gradients if alone else gradients / group.size, alone, lr_scale)
+
+
+def gather_rows(own: list[tuple[Tensor, Tensor]], group: Group) -> list[tuple[Tensor, Tensor]]:
+    """Ids [n] and rows [n, dim] of each table, of all workers, in rank order: three messages for all tables."""
+    lengths = torch.tensor([len(ids) for ids, _ in own], device=own[0][0].device)
+    counts = group.all_gather(lengths, [len(own)] * group.size).view(group.size, -1).tolist()
+    dims = [rows.shape[1] for _, rows in own]
+    ids = group.all_gather(torch.cat([ids for ids, _ in own]), [sum(of_rank) for of_rank in counts])
+    sizes = [count * dim for of_rank in counts for count, dim in zip(of_rank, dims, strict=True)]
+    per_rank = [sum(sizes[start : start + len(own)]) for start in range(0, len(sizes), len(own))]
+    rows = group.all_gather(torch.cat([rows.flatten() for _, rows in own]), per_rank)
+    ids_of = ids.split([count for of_rank in counts for count in of_rank])
+    rows_of = rows.split(sizes)
+    return [
+        (torch.cat(ids_of[table :: len(own)]), torch.cat(rows_of[table :: len(own)]).view(-1, dim))
+        for table, dim in enumerate(dims)
+    ]
 
 
 class Tables(nn.Module):

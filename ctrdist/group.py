@@ -24,10 +24,13 @@ class Group:
         """The sum of `value` over the workers, differentiable. Same shape and dtype on all of them."""
         return value
 
-    def all_gather(self, value: Tensor) -> Tensor:
+    def all_gather(self, value: Tensor, sizes: list[int] | None = None) -> Tensor:
         """`value` of all workers joined along the first dimension, in rank order, differentiable.
 
         First dimensions may differ, and may be 0; the others must agree.
+
+        Args:
+            sizes: the first dimensions, in rank order, where they are known; asked for otherwise.
         """
         return value
 
@@ -62,8 +65,8 @@ class DistributedGroup(Group):
     def all_reduce(self, value: Tensor) -> Tensor:
         return _AllReduce.apply(value, self)
 
-    def all_gather(self, value: Tensor) -> Tensor:
-        return _AllGather.apply(value, self)
+    def all_gather(self, value: Tensor, sizes: list[int] | None = None) -> Tensor:
+        return _AllGather.apply(value, self, sizes)
 
     def sizes(self, value: Tensor) -> list[int]:
         own = torch.tensor([value.shape[0]], device=value.device)
@@ -125,8 +128,8 @@ class _AllReduce(torch.autograd.Function):
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, group: DistributedGroup) -> Tensor:
-        ctx.sizes, ctx.group = group.sizes(value), group
+    def forward(ctx, value: Tensor, group: DistributedGroup, sizes: list[int] | None) -> Tensor:
+        ctx.sizes, ctx.group = sizes or group.sizes(value), group
         longest = max(max(ctx.sizes), 1)
         padded = value.new_zeros((longest, *value.shape[1:]))
         padded[: value.shape[0]] = value.detach()
@@ -134,6 +137,6 @@ class _AllGather(torch.autograd.Function):
         return torch.cat([part[:size] for part, size in zip(out.split(longest), ctx.sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         gradient = ctx.group.reduce_(gradient.clone(memory_format=torch.contiguous_format))
-        return gradient.split(ctx.sizes)[ctx.group.rank], None
+        return gradient.split(ctx.sizes)[ctx.group.rank], None, None

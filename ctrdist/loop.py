@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ctrdist.embedding import EmbeddingTable, tables_of
+from ctrdist.embedding import EmbeddingTable, push_all, tables_of
 from ctrdist.errors import UserError
 from ctrdist.group import Group, attach_group
 from ctrdist.metrics import StreamingMetrics
@@ -187,8 +187,7 @@ def update(
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for table in tables:
-        table.push(group, factor)
+    push_all(tables, group, factor)
 
 
 def make_optimizer(task: Task) -> torch.optim.AdamW:

@@ -67,6 +67,8 @@ class ShardedTable(EmbeddingTable):
     Look-ups are collective: every worker must do the same ones in the same order, with batches that may be empty.
     """
 
+    replicated = False
+
     @property
     def buckets(self) -> tuple[int, int]:
         """The buckets that this worker owns (`bucket_range`). Its places are a matrix, by row // BUCKETS and bucket."""

@@ -5,11 +5,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctrdist.batch import Lookup
-from ctrdist.embedding import EmbeddingTable, bag_mean, sum_rows, sum_runs, tables_of
+from ctrdist.embedding import EmbeddingTable, bag_mean, push_all, sum_rows, sum_runs, tables_of
 from ctrdist.group import Group
 from ctrdist.items import Ragged
 from ctrdist.losses import global_mean
 from ctrdist.optim import ROW_OPTIMIZERS, RowAdam
+from ctrdist.sharded import ShardedTable
 
 STATE = ("weight", "exp_avg", "exp_avg_sq", "steps")
 
@@ -309,3 +310,31 @@ def test_two_workers_keep_the_table_of_one(two_workers):
         for name, value in one.items():
             assert torch.equal(left[name], right[name]), name
             torch.testing.assert_close(left[name], value, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def train_several(group: Group, together: bool) -> list[list[Tensor]]:
+    """Three steps on tables of several widths and both stores, pushed `together` or one by one; their weights."""
+    sizes = [(9, 3), (5, 1), (700, 4), (6, 2)]
+    tables = [table_of(rows, dim=dim, lr=0.1) for rows, dim in sizes[:3]]
+    tables.append(ShardedTable(*sizes[3], RowAdam(lr=0.1), group=group).double())
+    for step in range(3):
+        draw = np.random.default_rng((step, group.rank))
+        for table, (rows, dim) in zip(tables, sizes, strict=True):
+            count = 0 if dim == step + 1 and group.rank else 4  # at times this worker has none
+            ids = draw.integers(0, rows, count).tolist()
+            (table(lookup(*ids)) - noise(rows, dim, seed=step)[ids]).pow(2).sum().backward()
+        if together:
+            push_all(tables, group)
+        else:
+            for table in tables:
+                push_all([table], group)
+    assert all(table.traffic > 0 for table in tables)
+    return [table.gather("weight", torch.arange(table.rows)) for table in tables]
+
+
+def test_tables_pushed_together_are_those_pushed_one_by_one(two_workers):
+    together, alone = two_workers(train_several, True), two_workers(train_several, False)
+    for one, other in zip(together[0] + together[1], alone[0] + alone[1], strict=True):
+        assert torch.equal(one, other) and one.any()
+    for left, right in zip(*together, strict=True):
+        assert torch.equal(left, right)
