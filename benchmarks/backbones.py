@@ -1,4 +1,4 @@
-"""Every backbone on MovieTweetings, alone, in one process: AUC, log loss, AUC on cold items, parameters and time.
+"""Every backbone on MovieTweetings, alone: AUC, log loss, AUC on cold items, parameters and time of one thread.
 
 The last fifth of the rows, by whole days, is the test; the week before it is for validation and not trained on.
 Clicks are ratings of 8 or more, histories are the last 20 items with one. All networks have the project's defaults,
@@ -6,12 +6,15 @@ which were chosen on earlier days; nothing is chosen here.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +50,7 @@ class Options:
         seeds: one run each.
         epochs: passes over the training days.
         days: use only the last so many days; 0 uses all.
-        threads: threads of PyTorch.
+        processes: runs at a time, a thread each; 0 is one a core.
     """
 
     source: Path = ROOT.parent / "shared" / "data" / "movietweetings"
@@ -55,7 +58,7 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 4
     days: int = 0
-    threads: int = 1
+    processes: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,9 +109,20 @@ def open_log(options: Options, folder: Path) -> Log:
     return Log(schema, catalog, table_sizes(encoders, schema), counts, *map(read, ("train", "valid", "test")))
 
 
-def run(log: Log, name: str, seed: int, options: Options) -> dict:
+LOG: Log
+"""The log of this process."""
+
+
+def start(log: Log) -> None:
+    """Begin a process: its log, and one thread."""
+    global LOG
+    LOG = log
+    torch.set_num_threads(1)
+
+
+def run(name: str, seed: int, options: Options) -> dict:
     """Train one backbone; what it scores on the test rows."""
-    config = ClickConfig(backbone=name, epochs=options.epochs)
+    log, config = LOG, ClickConfig(backbone=name, epochs=options.epochs)
     model, size = ClickModel(log.schema, log.sizes, config, seed=seed), config.batch_size
     loop = LoopConfig(-(-log.train.num_rows // size), options.epochs, schedule=config.schedule, seed=seed)
     began = time.perf_counter()
@@ -138,16 +152,18 @@ def run(log: Log, name: str, seed: int, options: Options) -> dict:
 
 def main(options: Options) -> None:
     """Measure, print a table, and the JSON line."""
-    torch.set_num_threads(options.threads)
     if not options.source.is_dir():
         raise SystemExit(f"{options.source}: no such folder; --source names the dataset's own files")
     with tempfile.TemporaryDirectory() as folder:
         log = open_log(options, Path(folder))
-    rows = []
-    for seed in options.seeds:
-        for name in options.names:
-            rows.append(run(log, name, seed, options))
-            print(f"{name:10} seed {seed}: AUC {rows[-1]['auc']:.4f}, {rows[-1]['seconds']:.0f} s", file=sys.stderr)
+    processes = options.processes or len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(processes, get_context("spawn"), start, (log,)) as pool:
+        runs = [pool.submit(run, name, seed, options) for seed in options.seeds for name in options.names]
+        for done in as_completed(runs):
+            row = done.result()
+            line = f"{row['network']:10} seed {row['seed']}: AUC {row['auc']:.4f}, {row['seconds']:.0f} s"
+            print(line, file=sys.stderr, flush=True)
+    rows = [done.result() for done in runs]
     show(rows, log, options)
     best = {name: float(np.mean([r["auc"] for r in rows if r["network"] == name])) for name in options.names}
     print(json.dumps({"benchmark": "backbones", "rows": rows, "ratios": {f"auc_{k}": v for k, v in best.items()}}))

@@ -14,6 +14,8 @@ import hypothesis
 import pytest
 import torch
 
+torch.set_num_threads(1)
+
 # The same examples each time, however slow the machine.
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("project")
@@ -33,6 +35,13 @@ from ctrdist.group import DistributedGroup
 torch.save(function(DistributedGroup(), *json.loads(arguments)), out)
 dist.destroy_process_group()
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run in parallel (`-n 2 --dist loadgroup`), tests that use Ray stay in one process, and so do those of a file."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        item.add_marker(pytest.mark.xdist_group("ray" if folder in ("raycluster", "jobs") else str(item.path)))
 
 
 @pytest.fixture(scope="session")
