@@ -13,8 +13,11 @@ from ctrdist.items import Catalog
 from ctrdist.log import RowGroup, find_faults, read_row_group
 from ctrdist.schema import Schema
 
-CHUNK_ROWS = 65_536
-"""Rows of a chunk, more or less: what a task of the stream holds in memory."""
+CHUNK_ROWS = 131_072
+"""Rows of a chunk, more or less: what a task of the stream holds in memory.
+
+A cut through a row group has it read twice, so a chunk is several of those that `jobs/prepare.py` writes.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,14 @@ def plan_epoch(
         multiple: rows that all workers together take at once.
         seed: decides the order of row groups, and of rows within a chunk; None keeps the order of the log.
         by_day: days stay in the order of `groups`; only row groups of one day, and rows of one day, change places.
-        chunk_rows: rows of a chunk at most, but `multiple` at least.
+        chunk_rows: rows of a chunk at most, but at least `multiple`, and as many as the largest row group, so that
+            none is read more than twice.
     """
     order = np.arange(len(groups)) if seed is None else np.random.default_rng(seed).permutation(len(groups))
     if by_day and groups:
         number = {day: n for n, day in enumerate(dict.fromkeys(group.day for group in groups))}
         order = order[np.argsort([number[groups[i].day] for i in order], kind="stable")]
-    size = max(1, chunk_rows // multiple) * multiple
+    size = max(1, max([chunk_rows, *(group.rows for group in groups)]) // multiple) * multiple
     cuts: list[list[Piece]] = [[]]
     room = size
     for group in (groups[i] for i in order):

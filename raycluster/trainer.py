@@ -158,12 +158,14 @@ def _work(config: dict[str, Any]) -> None:
             return training.batches(group.rank, group.size, step)
         # The stream begins with the epoch: what a checkpoint has behind it is read and dropped.
         done, together = step % training.loop.steps_per_epoch, training.batches_a_block
-        dealt = blocks(ray.train.get_dataset_shard("train"), share * together)
+        dealt = blocks(ray.train.get_dataset_shard("train"))
         tables = (table for block in dealt for table in split(block, together))
         return map(training.collate, islice(tables, done, None))
 
     def valid() -> Iterator[Any]:
-        return map(training.collate, blocks(ray.train.get_dataset_shard("valid"), max(share, 1024)))
+        rows = max(share, 1024)
+        dealt = blocks(ray.train.get_dataset_shard("valid"))
+        return (training.collate(b.slice(start, rows)) for b in dealt for start in range(0, b.num_rows, rows))
 
     def save_checkpoint(write: Callable[[Path], None], progress: Progress) -> None:
         with state.create(training.checkpoint, training.inputs, {"step": progress.step}, writers) as folder:

@@ -155,7 +155,7 @@ def canonical_columns(schema: Schema, found: pa.Schema) -> pa.Schema:
 def write_file(table: pa.Table, path: Path) -> None:
     """Write one file of a dataset; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd", use_dictionary=True, row_group_size=65_536)
+    pq.write_table(table, path, compression="zstd", use_dictionary=True, row_group_size=32_768)
 
 
 def clear_unfinished(out: Path) -> None:

@@ -26,7 +26,7 @@ def rows_in(chunk: Chunk) -> list[tuple]:
 
 
 SIZES = [10 * n % 37 for n in range(30)]
-"""With an empty row group among them, and some that are larger than a chunk of 24."""
+"""With an empty row group among them, and some that are larger than a multiple."""
 
 
 @pytest.mark.parametrize("multiple", [1, 8, 24, 30, 64, 1000])
@@ -49,6 +49,14 @@ def test_every_good_row_once_in_chunks_of_whole_multiples(multiple, seed):
 def test_chunks_do_not_depend_on_what_is_cut_from_them():
     groups = row_groups(*SIZES)
     assert plan_epoch(groups, 8, (1,), chunk_rows=48) == plan_epoch(groups, 16, (1,), chunk_rows=48)
+
+
+def test_a_large_row_group_is_read_twice_at_most():
+    groups = row_groups(1000, 30, 1000, 900, 1000)
+    for multiple in (1, 8, 64):
+        chunks = plan_epoch(groups, multiple, (3,), chunk_rows=16)
+        reads = Counter(piece.group for chunk in chunks for piece in chunk.pieces)
+        assert set(reads) == set(groups) and max(reads.values()) <= 2
 
 
 def test_no_rows_are_no_chunks_but_one_without_rows():

@@ -64,7 +64,7 @@ def test_blocks_are_dealt_in_turn_and_none_is_dropped(ray_cluster, reader):
 
     @ray.remote(num_cpus=0)
     def consume(shard):
-        return [t["item"].to_pylist() for t in ingest.blocks(shard, 16)]
+        return [t["item"].to_pylist() for t in ingest.blocks(shard)]
 
     first, second = ray.get([consume.remote(share["train"]) for share in shares])
     dealt = [items for pair in zip(first, second, strict=True) for items in pair]
