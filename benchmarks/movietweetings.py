@@ -64,7 +64,7 @@ def run_job(options: Options, data: Path, state: Path, seed: int, pretrained: Pa
     command += ["--seed", str(seed), *options.arguments.split()]
     if pretrained:
         command += ["--lm.name", str(pretrained), "--pretrain.epochs", "0"]
-    subprocess.run(command, check=True, cwd=data.parent)
+    subprocess.run(command, check=True, cwd=data.parent, stdout=sys.stderr)
     return json.loads((state / "releases" / options.date / "report.json").read_text())
 
 

@@ -15,6 +15,7 @@ import tyro
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
+HEAD = "Each section by the command that it names; `make bench` runs all of them (hours)."
 PACKAGES = ("ray", "torch", "transformers", "numpy", "scikit-learn")
 
 
@@ -39,9 +40,7 @@ def run(name: str) -> str:
         raise SystemExit(f"{name} failed; its section of {RESULTS} stays as it was")
     *lines, last = done.stdout.rstrip().splitlines()
     assert json.loads(last)["benchmark"] == name
-    # A job's own console comes before the benchmark's table, which starts with its title above a box.
-    start = next((i - 1 for i in range(len(lines) - 1, 0, -1) if lines[i].startswith(("┏", "╭"))), 0)
-    return "\n".join([f"## {name}", "", f"`python benchmarks/{name}.py`", "", "```", *lines[start:], last, "```", ""])
+    return "\n".join([f"## {name}", "", f"`python benchmarks/{name}.py`", "", "```", *lines, last, "```", ""])
 
 
 def main(options: Options) -> None:
@@ -55,7 +54,7 @@ def main(options: Options) -> None:
     for name in names:
         made = f"{dt.date.today()}, {machine}, Python {platform.python_version()}, {versions}"
         sections[name] = run(name).replace("\n\n```\n", f"\n\n{made}\n\n```\n", 1)
-        text = ["# Results", "", "Made by `make bench`.", "", *(sections[key] for key in sorted(sections))]
+        text = ["# Results", "", HEAD, "", *(sections[key] for key in sorted(sections))]
         RESULTS.write_text("\n".join(text))
 
 
