@@ -194,14 +194,15 @@ def in_process(run: Callable[..., Iterator[int]], reader: LogReader, groups: lis
     os.sched_setaffinity(0, {min(everywhere)})
     threads = pa.cpu_count()
     pa.set_cpu_count(1)
-    began, rows, first = time.time(), 0, 0.0
-    for count in run(reader, groups, batch):
-        first = first or time.time() - began
-        rows += count
-    seconds = time.time() - began
-    pa.set_cpu_count(threads)
-    os.sched_setaffinity(0, everywhere)
-    return rows, first, seconds
+    try:
+        began, rows, first = time.time(), 0, 0.0
+        for count in run(reader, groups, batch):
+            first = first or time.time() - began
+            rows += count
+        return rows, first, time.time() - began
+    finally:
+        pa.set_cpu_count(threads)
+        os.sched_setaffinity(0, everywhere)
 
 
 def large_vocabulary(options: Options, folder: Path) -> dict[str, float]:

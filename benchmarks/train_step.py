@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -91,7 +91,7 @@ def run(contestant: str, environment: dict[str, str], **arguments: object) -> di
 
 def measure(options: Options) -> Iterator[dict]:
     """A row for each network, batch size and size of the users' table."""
-    networks = backbones.NAMES if options.networks == ("all",) else options.networks
+    networks = options.networks
     for network in networks:
         for batch in options.batches:
             rounds = options.rounds if (network, batch) == (networks[0], options.batches[0]) else 1
@@ -198,6 +198,8 @@ def show(rows: list[dict], profile: dict[str, float], spread: list[dict], option
 
 def main(options: Options) -> None:
     """Measure, print tables, and the JSON line."""
+    if options.networks == ("all",):
+        options = replace(options, networks=backbones.NAMES)
     rows = []
     for row in measure(options):
         rows.append(row)

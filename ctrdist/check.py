@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctrdist import log
+from ctrdist.encode import list_parts
 from ctrdist.errors import UserError
 from ctrdist.fields import new_encoder
 from ctrdist.items import Catalog, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
@@ -304,7 +305,7 @@ class _Pass:
         stack.append(counts)
 
     def _read_histories(self, histories: pa.Array, rows: np.ndarray, at: np.ndarray, group: log.RowGroup) -> None:
-        offsets, flat = log.list_parts(histories)
+        offsets, flat = list_parts(histories)
         lengths = np.diff(offsets)
         parents, items = np.repeat(np.arange(len(lengths)), lengths), self.catalog.ids.lookup(flat, HISTORY)
         mine = self.histories

@@ -241,7 +241,7 @@ def push_all(tables: list[EmbeddingTable], group: Group, lr_scale: float = 1.0) 
         sent = group.sent - sent
         shares = [ids.nbytes + gradients.nbytes + ids.itemsize for ids, gradients in own]
         for number, share, everyones in zip(replicas, shares, gathered, strict=True):
-            tables[number].traffic += sent * share / sum(shares)
+            tables[number].traffic += round(sent * share / sum(shares))
             collected[number] = everyones
     for table, (ids, gradients), alone in zip(tables, collected, distinct, strict=True):
         table._descend(ids, gradients if alone else gradients / group.size, alone, lr_scale)
@@ -314,6 +314,13 @@ def sum_runs(rows: Tensor, counts: Tensor) -> Tensor:
     if not len(counts):
         return rows.new_zeros(0, rows.shape[1])
     return torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True)
+
+
+def gather(rows: Tensor, index: Tensor) -> Tensor:
+    """`rows[index]`, int64 [n], with a gradient that is added in a fixed order: [n, ...]."""
+    if rows.is_cuda:  # where the backward pass of `index_select` adds in any order
+        return F.embedding(index, rows.flatten(1)).unflatten(1, rows.shape[1:])
+    return rows.index_select(0, index)
 
 
 def gradient_of(leaf: Tensor) -> Tensor:

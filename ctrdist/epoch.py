@@ -64,14 +64,14 @@ def plan_epoch(
         multiple: rows that all workers together take at once.
         seed: decides the order of row groups, and of rows within a chunk; None keeps the order of the log.
         by_day: days stay in the order of `groups`; only row groups of one day, and rows of one day, change places.
-        chunk_rows: rows of a chunk at most, but at least `multiple`, and as many as the largest row group, so that
-            none is read more than twice.
+        chunk_rows: rows of a chunk at least; as many as the largest row group in any case, so that none is read more
+            than twice.
     """
     order = np.arange(len(groups)) if seed is None else np.random.default_rng(seed).permutation(len(groups))
     if by_day and groups:
         number = {day: n for n, day in enumerate(dict.fromkeys(group.day for group in groups))}
         order = order[np.argsort([number[groups[i].day] for i in order], kind="stable")]
-    size = max(1, max([chunk_rows, *(group.rows for group in groups)]) // multiple) * multiple
+    size = -(-max([chunk_rows, *(group.rows for group in groups)]) // multiple) * multiple
     cuts: list[list[Piece]] = [[]]
     room = size
     for group in (groups[i] for i in order):
@@ -84,6 +84,8 @@ def plan_epoch(
             cuts[-1].append(Piece(group, start, stop))
             room -= stop - start
             start = stop
+    if not cuts[0]:
+        return []
     missing = -(size - room) % multiple
     seeds = [None if seed is None else (*seed, number) for number in range(len(cuts))]
     last = len(cuts) - 1
@@ -97,7 +99,7 @@ def plan_pass(groups: list[RowGroup], chunk_rows: int = CHUNK_ROWS) -> list[Chun
         if chunks[-1] and sum(g.rows for g in chunks[-1]) + group.rows > chunk_rows:
             chunks.append([])
         chunks[-1].append(group)
-    return [Chunk(tuple(map(Piece, chunk))) for chunk in chunks]
+    return [Chunk(tuple(map(Piece, chunk))) for chunk in chunks if chunk]
 
 
 def read_chunk(

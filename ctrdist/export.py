@@ -72,7 +72,8 @@ def load_click_model(
     store = None if config else "replicated"
     model = ClickModel(schema, description["sizes"], config or saved, description["text_dim"], fuse, seed, store)
     missing, unexpected = model.load_state_dict(read_state(folder / WEIGHTS, model), strict=False)
-    assert not unexpected and set(missing) <= _optimizer_state(model), (folder, missing, unexpected)
+    if wrong := [*unexpected, *sorted(set(missing) - _optimizer_state(model))]:
+        raise UserError(f"{folder}: a model of another version ({wrong[0]}); use --from-scratch, or another --state")
     return model.eval()
 
 

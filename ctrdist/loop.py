@@ -375,7 +375,10 @@ def load_checkpoint(
 
     Every worker calls it, any number of them; of spread tables each reads the rows that it holds.
     """
-    task.load_state_dict(read_state(folder / LAST, task), strict=False)
+    saved = read_state(folder / LAST, task)
+    if unknown := set(saved) ^ set(unshared(task)):
+        raise UserError(f"{folder}: the checkpoint of another version ({sorted(unknown)[0]}); remove it and run again")
+    task.load_state_dict(saved, strict=False)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)

@@ -36,9 +36,13 @@ def filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
     return fs.LocalFileSystem(), os.path.abspath(uri)
 
 
+FORMAT = 2
+"""Version of what outputs hold and how it is made; with another one, nothing that is there counts as done."""
+
+
 def fingerprint(*parts: Any) -> str:
-    """Sixteen hex digits of anything that JSON can write, the same in every process."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """Sixteen hex digits of anything that JSON can write, and of `FORMAT`; the same in every process."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,14 @@ class State:
 
         filesystem_, root = filesystem(self.uri)
         group = group or Group()
-        folder = group.share(f"{name}.{uuid.uuid4().hex[:8]}")[0]
+        folder = f"{name}.{uuid.uuid4().hex[:8]}"
+        if self.is_local and group.rank == 0:
+            try:
+                (Path(root) / folder).mkdir(parents=True)
+            except OSError as error:
+                raise UserError(f"{self.uri}: cannot write there ({error.strerror}); give another --state") from None
+        folder = group.share(folder)[0]
         local = Path(root) / folder if self.is_local else Path(tempfile.mkdtemp(prefix="ctrdist-"))
-        try:
-            local.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.uri}: cannot write there ({error.strerror}); give another --state") from None
         before = self.find(name)
         try:
             yield local

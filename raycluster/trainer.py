@@ -158,7 +158,7 @@ def _work(config: dict[str, Any]) -> None:
             return training.batches(group.rank, group.size, step)
         # The stream begins with the epoch: what a checkpoint has behind it is read and dropped.
         done, together = step % training.loop.steps_per_epoch, training.batches_a_block
-        dealt = blocks(ray.train.get_dataset_shard("train"))
+        dealt = blocks(ray.train.get_dataset_shard("train"), share * together)
         tables = (table for block in dealt for table in split(block, together))
         return map(training.collate, islice(tables, done, None))
 

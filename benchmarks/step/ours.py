@@ -12,7 +12,7 @@ from ctrdist.backbones import BackboneConfigs, Inputs, Shape
 from ctrdist.backbones.base import all_fields
 from ctrdist.batch import Batch, join_items
 from ctrdist.embedding import tables_of
-from ctrdist.group import Group
+from ctrdist.group import Group, attach_group
 from ctrdist.loop import make_optimizer, update, wrap
 from ctrdist.schema import Field, Schema
 from ctrdist.tasks.click import ClickConfig, ClickModel
@@ -27,15 +27,16 @@ TARGET = (2, 3)  # fields are user_id, hour, item_id, category
 
 
 class Ours:
-    """The step of `ctrdist.loop` on a `ClickModel`, from integers in memory: to find the distinct ids is part of it."""
+    """The step of `ctrdist.loop` on a `ClickModel` with the defaults, from integers in memory: to find the distinct ids
+    is part of it."""
 
     def __init__(self, network: str, world: World, device: str, compile_: bool = False, group: Group | None = None):
         self.group, self.device = group or Group(), device
         sizes = {"user_id": world.users, "item_id": world.items, "category": CATEGORIES, "hour": HOURS}
-        config = ClickConfig(backbone=network, dim=DIM, unknown_share=0.0)
-        self.task = ClickModel(SCHEMA, sizes, config).to(device).train()
+        self.task = ClickModel(SCHEMA, sizes, ClickConfig(backbone=network, dim=DIM)).to(device).train()
+        attach_group(self.task, self.group)
         if compile_:
-            self.task.backbone.compile(dynamic=False)
+            self.task.backbone.represent = torch.compile(self.task.backbone.represent, dynamic=False)
         self.tables, self.optimizer = tables_of(self.task), make_optimizer(self.task)
         self.model = wrap(self.task, self.group, device)
         self.item_fields = {"item_id": np.arange(world.items), "category": world.category_of}

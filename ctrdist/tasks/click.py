@@ -11,7 +11,7 @@ from ctrdist import backbones
 from ctrdist.backbones import BackboneConfigs, Inputs, Shape
 from ctrdist.backbones.base import all_fields
 from ctrdist.batch import Batch, Lookup
-from ctrdist.embedding import Tables
+from ctrdist.embedding import Tables, gather
 from ctrdist.errors import UserError, nearest
 from ctrdist.group import Group, current_group
 from ctrdist.losses import binary_cross_entropy
@@ -189,9 +189,9 @@ class ClickModel(Task):
             if self.columns > self.config.dim:
                 text = torch.cat([text, self.text_weight(text)], 1)
             items = torch.cat([items, text.unsqueeze(1)], 1)
-        target = items.index_select(0, batch.target)
+        target = gather(items, batch.target)
         fields = torch.cat([torch.stack(rows, 1), target], 1) if rows else target
-        history = items.index_select(0, batch.history.flatten()).unflatten(0, batch.history.shape)
+        history = gather(items, batch.history.flatten()).unflatten(0, batch.history.shape)
         mask = batch.history != 0
         inputs = Inputs(fields, history[:, :, : len(self.target)], mask, self.target)
         if self.columns > self.config.dim:

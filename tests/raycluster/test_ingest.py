@@ -52,7 +52,9 @@ def plain(reader: LogReader, chunks: list, keep: tuple[str, ...] = ()) -> pa.Tab
 
 def test_the_stream_is_the_plain_reader_in_exact_blocks(ray_cluster, reader):
     chunks = plan_epoch(groups_of(reader), 96, (3, 0), chunk_rows=300)
-    tables = [ray.get(ref) for ref in ingest.stream(reader, chunks, 32).to_arrow_refs()]
+    stream = ingest.stream(reader, chunks, 32).materialize()
+    assert "MapBatches(read)->StreamingRepartition" in stream.stats(), "the task that reads makes the cut"
+    tables = [ray.get(ref) for ref in stream.to_arrow_refs()]
     assert [t.num_rows for t in tables] == [32] * (1056 // 32)
     assert pa.concat_tables(tables)["item"].equals(plain(reader, chunks)["item"])
 
