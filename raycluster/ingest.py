@@ -93,7 +93,7 @@ def stream(reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tu
     if block_rows:
         dataset = dataset.repartition(target_num_rows_per_block=block_rows, strict=False)
         # The task that reads makes the cut too, if Ray fuses the two: operators that ask for the same, and of
-        # `repartition` there is no other way to say so. Unfused it costs half as much again, and a chunk of over 128 MiB
+        # `repartition` there is no other way to say so. Unfused it costs half as much again, and what is over 128 MiB
         # would be cut in between.
         dataset._logical_plan.dag.ray_remote_args.update(ASKS)
     return dataset
