@@ -275,5 +275,7 @@ def test_where_one_of_two_fails_the_earlier_output_stays(state, failing: int):
             raise KeyError("the disk is full")
 
     raised = together(state, fail)
-    assert isinstance(raised[failing], KeyError) and isinstance(raised[1 - failing], threading.BrokenBarrierError)
+    assert isinstance(raised[failing], KeyError)
+    # The other waits in vain, or finds the folder gone.
+    assert isinstance(raised[1 - failing], threading.BrokenBarrierError | FileNotFoundError)
     assert state.find("both") == before and state.local("both").exists()
