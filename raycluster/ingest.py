@@ -139,7 +139,7 @@ def _pieces(groups: list[RowGroup], rows: int = 65536) -> list[list[RowGroup]]:
 def blocks(shard: ray.data.DataIterator, rows: int = 0) -> Iterator[pa.Table]:
     """A worker's blocks as Arrow tables; each must have `rows` rows, if that is not 0."""
     for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        assert isinstance(table, pa.Table) and table.num_rows in (rows or table.num_rows,), (table.num_rows, rows)
+        assert isinstance(table, pa.Table) and (not rows or table.num_rows == rows), (table.num_rows, rows)
         yield table
 
 

@@ -63,8 +63,7 @@ class DenseNetwork(nn.Module):
     def __init__(self, network: str, world: World) -> None:
         super().__init__()
         self.columns = DIM + backbones.network(network).first_order
-        sizes = {"user": world.users, "hour": HOURS, "item": world.items, "category": CATEGORIES}
-        self.tables = nn.ModuleDict({n: nn.Embedding(s, self.columns, padding_idx=0) for n, s in sizes.items()})
+        self.tables = nn.ModuleDict({n: nn.Embedding(s, self.columns, padding_idx=0) for n, s in world.sizes.items()})
         for table in self.tables.values():
             nn.init.normal_(table.weight, std=0.01)
         self.backbone = backbones.build(network, Shape(4, 2, DIM), BackboneConfigs())
@@ -90,7 +89,7 @@ class Dense:
 
     def prepare(self, rows: Rows) -> dict[str, Tensor]:
         """What a step takes."""
-        return {name: torch.from_numpy(value).to(self.device) for name, value in vars(rows).items()}
+        return rows.tensors(self.device)
 
     def step(self, x: dict[str, Tensor]) -> None:
         """One step."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.step.world import CATEGORIES, DIM, HISTORY, HOURS, Rows, World
+from benchmarks.step.world import DIM, HISTORY, Rows, World
 from ctrdist.backbones import BackboneConfigs
 
 CONFIGS = BackboneConfigs()
@@ -21,11 +21,6 @@ FIELDS = ("user", "hour", "item", "category")
 BEHAVIOURS = {"history": "item", "history_category": "category"}
 
 
-def sizes(world: World) -> dict[str, int]:
-    """Rows of each field's table."""
-    return {"user": world.users, "hour": HOURS, "item": world.items, "category": CATEGORIES}
-
-
 class Rechub:
     """torch-rechub: its models and the step of its `CTRTrainer`."""
 
@@ -33,7 +28,7 @@ class Rechub:
         from torch_rechub.basic.features import SequenceFeature, SparseFeature
         from torch_rechub.models.ranking import DIN, DCNv2, DeepFM
 
-        size = sizes(world)
+        size = world.sizes
         one = {name: SparseFeature(name, size[name], DIM) for name in FIELDS}
         pooling = "concat" if network == "din" else "mean"
         many = [
@@ -57,7 +52,7 @@ class Rechub:
 
     def prepare(self, rows: Rows) -> dict[str, Tensor]:
         """What a step takes."""
-        return {name: torch.from_numpy(value).to(self.device) for name, value in vars(rows).items()}
+        return rows.tensors(self.device)
 
     def step(self, x: dict[str, Tensor]) -> None:
         """One step."""
@@ -74,7 +69,7 @@ class Deepctr:
         from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat, get_feature_names
         from deepctr_torch.models import DCN, DIN, DeepFM
 
-        size = sizes(world)
+        size = world.sizes
         one = [SparseFeat(name, size[name], DIM, embedding_name=name) for name in FIELDS]
         many = [
             VarLenSparseFeat(
@@ -121,7 +116,7 @@ class Fuxi:
         from fuxictr.pytorch.layers import CrossNetV2, DIN_Attention, FactorizationMachine, FeatureEmbedding, MLP_Block
         from fuxictr.pytorch.models import BaseModel
 
-        size, din = sizes(world), network == "din"
+        size, din = world.sizes, network == "din"
         features = FeatureMap("step", tempfile.gettempdir())
         for name in FIELDS:
             spec = {"source": "", "type": "categorical", "vocab_size": size[name], "padding_idx": 0}
@@ -175,7 +170,7 @@ class Fuxi:
 
     def prepare(self, rows: Rows) -> dict[str, Tensor]:
         """What a step takes."""
-        return {name: torch.from_numpy(value).to(self.device) for name, value in vars(rows).items()}
+        return rows.tensors(self.device)
 
     def step(self, x: dict[str, Tensor]) -> None:
         """One step."""

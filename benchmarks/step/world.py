@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 HISTORY = 20
 DIM = 16
@@ -34,6 +35,10 @@ class Rows:
     history: np.ndarray
     history_category: np.ndarray
 
+    def tensors(self, device: str) -> dict[str, torch.Tensor]:
+        """All of them on a device."""
+        return {name: torch.from_numpy(value).to(device) for name, value in vars(self).items()}
+
 
 @dataclass(frozen=True)
 class World:
@@ -56,6 +61,11 @@ class World:
         category_of = np.random.default_rng(0).integers(FIRST, CATEGORIES, items)
         category_of[0] = 0
         return cls(users, items, category_of)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of each field's table."""
+        return {"user": self.users, "hour": HOURS, "item": self.items, "category": CATEGORIES}
 
     def draw(self, batch: int, seed: int) -> Rows:
         """Rows of users drawn evenly and of items by a power law; two thirds of the histories are full."""

@@ -66,7 +66,7 @@ class DIN(Backbone):
         """The activation unit on (query, key, query - key, query * key), [B, T, 1], for query [B, n], keys [B, T, n].
 
         Its first layer is linear in them, so that what is the query's alone is computed once a row, and the difference
-        needs no product of its own: half the work of the network.
+        needs no product of its own: half the work of that layer.
         """
         first, *rest = self.attention
         of_query, of_key, of_difference, of_product = first.weight.unflatten(1, (4, self.interest)).unbind(1)
