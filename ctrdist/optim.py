@@ -67,15 +67,15 @@ class RowAdam(RowOptimizer):
         }
 
     def step(self, values: Tensor, gradients: Tensor, state: dict[str, Tensor], lr_scale: float) -> Tensor:
-        if not self.decoupled:
-            gradients = gradients + self.weight_decay * values
+        if self.weight_decay and not self.decoupled:
+            gradients = torch.add(gradients, values, alpha=self.weight_decay)
         steps = state["steps"].add_(1)
         exp_avg = state["exp_avg"].lerp_(gradients, 1 - self.betas[0])
         exp_avg_sq = state["exp_avg_sq"].mul_(self.betas[1]).addcmul_(gradients, gradients, value=1 - self.betas[1])
         # As in torch.optim.Adam, eps meets the corrected moment, so a first step is a full one for small gradients too.
         first, second = (1 - beta ** steps.unsqueeze(1) for beta in self.betas)
         denominator = (exp_avg_sq / second).sqrt_().add_(self.eps)
-        return values - self.lr * lr_scale / first * exp_avg / denominator
+        return values - exp_avg.div(denominator).mul_(self.lr * lr_scale / first)
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,8 @@ ROW_OPTIMIZERS: dict[str, type[RowOptimizer]] = {
 }
 
 
-def split_decay(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of a module for AdamW: weight decay on matrices, none on biases and normalisation."""
-    parameters = list(module.parameters())
+def split_decay(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW: weight decay on matrices, none on biases and normalisation."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "lr": lr, "weight_decay": 0.0},

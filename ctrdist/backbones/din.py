@@ -72,7 +72,7 @@ class DIN(Backbone):
         of_query, of_key, of_difference, of_product = first.weight.unflatten(1, (4, self.interest)).unbind(1)
         row = F.linear(query, of_query + of_difference, first.bias)
         pairs = torch.cat([keys, query.unsqueeze(1) * keys], 2)
-        x = row.unsqueeze(1) + F.linear(pairs, torch.cat([of_key - of_difference, of_product], 1))
+        x = F.linear(pairs, torch.cat([of_key - of_difference, of_product], 1)).add_(row.unsqueeze(1))
         for layer in rest:
             x = layer(x)
         return x

@@ -27,27 +27,63 @@ class GlobalBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, var = self.running_mean, self.running_var
         if self.training:
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            count = wide.new_full((1,), x.shape[0])
-            # Moments around a value near the mean: a large mean would swallow the digits of a small variance.
-            origin = mean.to(wide.dtype, copy=True)
-            near = wide - origin
-            sums = self.group.all_reduce(torch.cat([near.sum(0), near.square().sum(0), count]))
-            total, squares, count = sums[: x.shape[1]], sums[x.shape[1] : -1], sums[-1].detach()
-            several = count > 1
-            near_mean = total / count.clamp(min=1)
-            batch_mean = near_mean + origin
-            batch_var = (squares / count.clamp(min=1) - near_mean.square()).clamp(min=0)
-            with torch.no_grad():
-                step = self.momentum * several.to(mean.dtype)
-                self.running_mean.lerp_(batch_mean.to(mean.dtype), step)
-                unbiased = batch_var * count / (count - 1).clamp(min=1)
-                self.running_var.lerp_(unbiased.to(var.dtype), step)
-            mean, var = torch.where(several, batch_mean, mean), torch.where(several, batch_var, var)
-        x = (x - mean) * torch.rsqrt(var + self.eps)
+            mean, var, count = self.statistics(x)
+            x = _Normalise.apply(x, mean, var, count, self.eps, self.group)
+        else:
+            x = (x - self.running_mean) * torch.rsqrt(self.running_var + self.eps)
         return x if self.weight is None else x * self.weight + self.bias
+
+    @torch.no_grad()
+    def statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance to normalise with, [width], and the rows they are of, [1]; the running ones move along.
+
+        Each worker's mean and variance are taken by themselves and put together (Chan et al., 1979), so that a large
+        mean does not swallow the digits of a small variance.
+        """
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if len(x):
+            var, mean = torch.var_mean(wide, 0, correction=0)
+        else:
+            var = mean = wide.new_zeros(x.shape[1])
+        own = torch.cat([mean, var, wide.new_full((1,), len(x))])
+        everyones = self.group.all_gather(own[None], [1] * self.group.size)
+        means, vars_, counts = everyones.split([len(mean), len(var), 1], 1)
+        count = counts.sum(0)
+        shares = counts / count.clamp(min=1)
+        mean = (shares * means).sum(0)
+        var = (shares * (vars_ + (means - mean).square())).sum(0)
+        several = count > 1
+        old_mean, old_var = self.running_mean.to(mean, copy=True), self.running_var.to(var, copy=True)
+        step = self.momentum * several.to(self.running_mean.dtype)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
+        self.running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(self.running_var.dtype), step)
+        return torch.where(several, mean, old_mean), torch.where(several, var, old_var), count
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps), where mean and variance are those of the rows of all workers.
+
+    The gradient through the two is written out (Ioffe and Szegedy, 2015): a quarter of the passes over x that autograd
+    would take.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mean: Tensor, var: Tensor, count: Tensor, eps: float, group: Group) -> Tensor:
+        inverse = torch.rsqrt(var + eps)
+        out = (x - mean) * inverse
+        ctx.save_for_backward(out, inverse, count)
+        ctx.group, ctx.dtype = group, x.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        out, inverse, count = ctx.saved_tensors
+        sums = ctx.group.all_reduce(torch.cat([gradient.sum(0), (gradient * out).sum(0)]))
+        # Fewer than two rows were normalised with the running statistics, which are constants.
+        of_mean, of_var = (sums * (count > 1) / count.clamp(min=1)).chunk(2)
+        gradient = torch.addcmul(gradient - of_mean, out, of_var, value=-1) * inverse
+        return gradient.to(ctx.dtype), None, None, None, None, None
 
 
 class Dice(nn.Module):
@@ -60,7 +96,21 @@ class Dice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = torch.sigmoid(self.norm(x))
-        return p * x + (1 - p) * self.alpha * x
+        return x * torch.addcmul(self.alpha, p, 1 - self.alpha)
+
+
+class Dropout(nn.Dropout):
+    """Dropout by 16 random bits a value on a CPU: a third of the time of PyTorch's, which draws 64.
+
+    The share of zeros is `p` to within 2⁻¹⁷.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p or self.p == 1 or x.is_cuda:
+            return super().forward(x)
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
+        return x * (kept.to(x.dtype) / (1 - self.p))
 
 
 class MLP(nn.Module):
@@ -80,9 +130,9 @@ class MLP(nn.Module):
             layers.append(nn.Linear(width, units))
             if batch_norm:
                 layers.append(GlobalBatchNorm(units))
-            layers.append(Dice(units) if activation == "dice" else nn.ReLU())
+            layers.append(Dice(units) if activation == "dice" else nn.ReLU(inplace=True))
             if dropout:
-                layers.append(nn.Dropout(dropout))
+                layers.append(Dropout(dropout))
             width = units
         self.layers = nn.Sequential(*layers)
         self.width = width

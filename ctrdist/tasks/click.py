@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ctrdist import backbones
 from ctrdist.backbones import BackboneConfigs, Inputs, Shape
 from ctrdist.backbones.base import all_fields
+from ctrdist.backbones.layers import Dropout
 from ctrdist.batch import Batch, Lookup
 from ctrdist.embedding import Tables, gather
 from ctrdist.errors import UserError, nearest
@@ -19,7 +20,7 @@ from ctrdist.optim import ROW_OPTIMIZERS, Precision, Schedule, split_decay
 from ctrdist.schema import ITEM_ID, Schema
 from ctrdist.sharded import Store, choose_store
 from ctrdist.tasks import Task
-from ctrdist.vocabulary import UNKNOWN
+from ctrdist.vocabulary import PADDING, UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,15 @@ class FuseConfig:
         dropout: after each of them.
         scale: the field's root mean square before training, LayerNorm's initial gain. An embedding starts at 0.01 and
             its decay keeps it near that: a text field at 1 drowns the ids, which are then learnt late and badly.
+        on: what has its text: the target item and its behaviours, or only one of them; zeros stand for the other's.
+        frozen: leave the MLP as it was drawn, a random projection; LayerNorm is trained in any case.
     """
 
     hidden: tuple[int, ...] = (64,)
     dropout: float = 0.2
     scale: float = 0.1
+    on: Literal["both", "target", "behaviours"] = "both"
+    frozen: bool = False
 
 
 class TextField(nn.Module):
@@ -110,7 +115,7 @@ class TextField(nn.Module):
         layers: list[nn.Module] = []
         width = text_dim
         for units in config.hidden:
-            layers += [nn.Linear(width, units), nn.ReLU(), nn.Dropout(config.dropout)]
+            layers += [nn.Linear(width, units), nn.ReLU(inplace=True), Dropout(config.dropout)]
             width = units
         self.mlp = nn.Sequential(*layers, nn.Linear(width, dim))
         self.norm = nn.LayerNorm(dim)
@@ -189,9 +194,13 @@ class ClickModel(Task):
             if self.columns > self.config.dim:
                 text = torch.cat([text, self.text_weight(text)], 1)
             items = torch.cat([items, text.unsqueeze(1)], 1)
-        target = gather(items, batch.target)
+        targets = behaviours = items
+        if self.fuse and self.fuse.on != "both":
+            bare = torch.cat([items[:, :-1], torch.zeros_like(items[:, -1:])], 1)
+            targets, behaviours = (items, bare) if self.fuse.on == "target" else (bare, items)
+        target = gather(targets, batch.target)
         fields = torch.cat([torch.stack(rows, 1), target], 1) if rows else target
-        history = gather(items, batch.history.flatten()).unflatten(0, batch.history.shape)
+        history = gather(behaviours, batch.history.flatten()).unflatten(0, batch.history.shape)
         mask = batch.history != 0
         inputs = Inputs(fields, history[:, :, : len(self.target)], mask, self.target)
         if self.columns > self.config.dim:
@@ -206,17 +215,11 @@ class ClickModel(Task):
 
     def item_vectors(self, name: str, lookup: Lookup) -> Tensor:
         """An item field of U items [U, columns]; in training, some items' ids are unknown."""
-        return self.project(name, self._item_vectors(name, lookup))
-
-    def _item_vectors(self, name: str, lookup: Lookup) -> Tensor:
-        vectors = self.tables[name](lookup)
-        if name != ITEM_ID or not self.training or not self.config.unknown_share:
-            return vectors
-        row = torch.tensor([UNKNOWN], device=vectors.device)
-        unknown = self.tables[name](Lookup(row, torch.zeros_like(row)))
-        hidden = torch.rand(len(vectors), 1, device=vectors.device) < self.config.unknown_share
-        hidden[0] = False  # padding
-        return torch.where(hidden, unknown, vectors)
+        if name == ITEM_ID and self.training and self.config.unknown_share:
+            hidden = torch.rand(len(lookup.index), device=lookup.index.device) < self.config.unknown_share
+            hidden[0] = False  # padding
+            lookup = hide(lookup, hidden)
+        return self.project(name, self.tables[name](lookup))
 
     def logits(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [B], and the backbone's auxiliary losses by name."""
@@ -232,7 +235,9 @@ class ClickModel(Task):
         return torch.sigmoid(self.logits(batch)[0].float())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return split_decay(self, self.config.lr, self.config.weight_decay)
+        frozen = set(self.text_field.mlp.parameters()) if self.fuse and self.fuse.frozen else set()
+        trained = [p for p in self.parameters() if p not in frozen]
+        return split_decay(trained, self.config.lr, self.config.weight_decay)
 
     def grow(self, sizes: dict[str, int]) -> None:
         """Add rows for ids that have come since; the others stay as they are."""
@@ -251,6 +256,17 @@ class ClickModel(Task):
             self.project(name, self.tables[name](item_fields[name]))[:, : self.config.dim] for name in self.item_names
         ]
         return torch.cat(vectors, 1)
+
+
+def hide(lookup: Lookup, hidden: Tensor) -> Lookup:
+    """The same look-up, but the unknown row where `hidden`, bool [n]. That row stands first, and padding where it was.
+
+    One look-up of distinct rows needs no sort when their gradients are pushed, which two of one table would.
+    """
+    known = lookup.rows != UNKNOWN
+    rows = torch.cat([lookup.rows.new_full((1,), UNKNOWN), lookup.rows.where(known, PADDING)])
+    numbers = torch.arange(1, len(rows), device=rows.device) * known
+    return Lookup(rows, numbers[lookup.index].masked_fill(hidden, 0))
 
 
 def field_widths(config: ClickConfig, names: list[str]) -> dict[str, int]:

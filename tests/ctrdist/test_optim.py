@@ -47,7 +47,7 @@ def test_every_factor_lies_between_zero_and_one(schedule: str, warmup: float, st
 
 def test_split_decay_spares_biases_and_normalisation():
     module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Conv1d(2, 2, 3))
-    decayed, spared = split_decay(module, 0.1, 0.5)
+    decayed, spared = split_decay(list(module.parameters()), 0.1, 0.5)
     assert {id(p) for p in decayed["params"]} == {id(module[0].weight), id(module[2].weight)}
     assert {id(p) for p in spared["params"]} == {
         id(p) for p in (module[0].bias, module[1].weight, module[1].bias, module[2].bias)
@@ -57,13 +57,13 @@ def test_split_decay_spares_biases_and_normalisation():
     before = {id(p): p.detach().clone() for p in module.parameters()}
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    torch.optim.AdamW(split_decay(module, 0.1, 0.5)).step()
+    torch.optim.AdamW(split_decay(list(module.parameters()), 0.1, 0.5)).step()
     for parameter in module.parameters():
         shrunk = before[id(parameter)] * (0.95 if parameter.ndim >= 2 else 1.0)
         torch.testing.assert_close(parameter.detach(), shrunk)
 
 
 def test_no_empty_groups():
-    assert split_decay(nn.ReLU(), 0.1, 0.5) == []
-    assert [g["weight_decay"] for g in split_decay(nn.LayerNorm(2), 0.1, 0.5)] == [0.0]
-    assert [g["weight_decay"] for g in split_decay(nn.Linear(2, 2, bias=False), 0.1, 0.5)] == [0.5]
+    assert split_decay([], 0.1, 0.5) == []
+    assert [g["weight_decay"] for g in split_decay(list(nn.LayerNorm(2).parameters()), 0.1, 0.5)] == [0.0]
+    assert [g["weight_decay"] for g in split_decay(list(nn.Linear(2, 2, bias=False).parameters()), 0.1, 0.5)] == [0.5]

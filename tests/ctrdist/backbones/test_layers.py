@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ctrdist.backbones.layers import MLP, Dice, GlobalBatchNorm
+from ctrdist.backbones.layers import MLP, Dice, Dropout, GlobalBatchNorm
 
 
 def rows(count: int, width: int, seed: int = 0) -> Tensor:
@@ -108,3 +108,23 @@ def test_mlp_normalises_before_the_activation_and_drops_after_it():
     torch.testing.assert_close(out[kept], 2 * full[kept], rtol=1e-9, atol=1e-12)
     assert kept.sum().item() / (full != 0).sum().item() == pytest.approx(0.5, abs=0.1)
     assert isinstance(MLP(3, (6,), "dice").layers[1], Dice)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.75])
+def test_dropout_keeps_the_mean_and_each_value_by_itself(p: float):
+    dropout, x = Dropout(p), torch.full((1001, 203), 3.0, requires_grad=True)
+    torch.manual_seed(0)
+    out = dropout(x)
+    dropped = out == 0
+    torch.testing.assert_close(out[~dropped], torch.full_like(out[~dropped], 3 / (1 - p)))
+    # Four values share a draw of 64 bits: each of the four places, and each pair of neighbours, as often as others.
+    spread = 5 * math.sqrt(p * (1 - p) / (x.numel() // 4))
+    for place in range(4):
+        assert dropped.flatten()[place::4].float().mean().item() == pytest.approx(p, abs=spread)
+    pairs = dropped.flatten()[1:] & dropped.flatten()[:-1]
+    assert pairs.float().mean().item() == pytest.approx(p * p, abs=spread)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, out.detach() / 3)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x) == 0, dropped)
+    assert torch.equal(dropout.eval()(x), x) and torch.equal(Dropout(0.0)(x), x) and not Dropout(1.0)(x).any()

@@ -106,6 +106,30 @@ def test_a_fused_model_without_its_text_field_is_the_id_model(name: str, network
     assert expected.std() > 1e-3 and (with_text - torch.sigmoid(expected)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("on", ["target", "behaviours"])
+def test_text_on_one_side_only_is_text_of_zeros_on_the_other(on: str):
+    both = model_of("din", TEXT)
+    config = replace(both.fuse, on=on)
+    one = ClickModel(SCHEMA, SIZES, both.config, TEXT, config).eval()
+    one.load_state_dict(both.state_dict())
+    batch, _ = world()
+    inputs, full = one.inputs(batch), both.inputs(batch)
+    seen, blank = (inputs.fields[:, 5], inputs.history[:, :, 2]) if on == "target" else (
+        inputs.history[:, :, 2], inputs.fields[:, 5]
+    )  # fmt: skip
+    assert torch.equal(blank, torch.zeros_like(blank)) and seen.abs().max() > 0.1
+    assert torch.equal(seen, full.fields[:, 5] if on == "target" else full.history[:, :, 2])
+    assert torch.equal(inputs.fields[:, :5], full.fields[:, :5])
+    assert torch.equal(inputs.history[:, :, :2], full.history[:, :, :2])
+
+
+def test_a_frozen_projection_keeps_its_matrices_and_trains_its_scale():
+    model = ClickModel(SCHEMA, SIZES, ClickConfig(dim=D), TEXT, FuseConfig(frozen=True))
+    trained = {id(p) for group in model.parameter_groups() for p in group["params"]}
+    assert not trained & {id(p) for p in model.text_field.mlp.parameters()}
+    assert trained == {id(p) for p in model.parameters()} - {id(p) for p in model.text_field.mlp.parameters()}
+
+
 def by_hand(model: ClickModel, name: str, ids: list[int]) -> Tensor:
     rows = [model.tables[name].weight[i] for i in ids]
     return torch.stack(rows).mean(0) if rows else torch.zeros(D)
