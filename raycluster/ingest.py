@@ -75,6 +75,15 @@ ASKS = {"num_cpus": 0.5}
 """What a task of the stream asks of the cluster."""
 
 
+def readers() -> int:
+    """How many tasks of a stream run at once: a core in two.
+
+    A task reads several times faster than a core can train, and more of them than there are cores free to run them
+    take half as much CPU time again for a row.
+    """
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
+
+
 def stream(reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tuple[str, ...] = ()) -> ray.data.Dataset:
     """The chunks' rows, encoded, in the chunks' order.
 
@@ -89,13 +98,15 @@ def stream(reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tu
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    dataset = ray.data.range(len(chunks), override_num_blocks=len(chunks)).map_batches(read, batch_size=1, **ASKS)
+    numbers, tasks = ray.data.range(len(chunks), override_num_blocks=len(chunks)), ray.data.TaskPoolStrategy(readers())
+    dataset = numbers.map_batches(read, batch_size=1, compute=tasks, **ASKS)
     if block_rows:
         dataset = dataset.repartition(target_num_rows_per_block=block_rows, strict=False)
         # The task that reads makes the cut too, if Ray fuses the two: operators that ask for the same, and of
         # `repartition` there is no other way to say so. Unfused it costs half as much again, and what is over 128 MiB
         # would be cut in between.
         dataset._logical_plan.dag.ray_remote_args.update(ASKS)
+        dataset._logical_plan.dag.compute.size = tasks.size
     return dataset
 
 
