@@ -76,12 +76,8 @@ ASKS = {"num_cpus": 0.5}
 
 
 def readers() -> int:
-    """How many tasks of a stream run at once: a core in two.
-
-    A task reads several times faster than a core can train, and more of them than there are cores free to run them
-    take half as much CPU time again for a row.
-    """
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
+    """How many tasks of a stream run at once: as many as there are cores. More hold more memory and read no faster."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def stream(reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tuple[str, ...] = ()) -> ray.data.Dataset:
