@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ctrdist.allocator import keep_freed_memory
 from ctrdist.embedding import EmbeddingTable, push_all, tables_of
 from ctrdist.errors import UserError
 from ctrdist.group import Group, attach_group
@@ -115,6 +116,8 @@ def fit(
     group = group or Group()
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)  # what workers share without a tensor of their own goes through it
+    else:
+        keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     task = task.to(device)

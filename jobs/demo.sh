@@ -15,8 +15,6 @@ fi
 
 # Ray turns token authentication on only where the token is there before it starts.
 [ -f ~/.ray/auth_token ] || [ -n "${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-}" ] || ray get-auth-token --generate >/dev/null
-# The C allocator otherwise gives large blocks back and faults them in again, every step.
-export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864
 export RAY_AUTH_MODE=token RAY_ADDRESS=http://127.0.0.1:8265
 trap 'env -u RAY_ADDRESS ray stop >/dev/null 2>&1 || true' EXIT
 env -u RAY_ADDRESS ray start --head --disable-usage-stats --dashboard-host 127.0.0.1 >"$demo/ray.log" 2>&1 \

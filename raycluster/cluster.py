@@ -11,13 +11,6 @@ import psutil
 
 from ctrdist.errors import UserError
 
-# The C allocator otherwise returns large blocks to the system and faults them in again, every step.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-    "MALLOC_TOP_PAD_": "67108864",
-}
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,9 +40,6 @@ def connect(object_store_bytes: int | None = None) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("http"):  # for `ray job submit`; no cluster to connect to
         address = ""
-    if not address:
-        # Inherited by every process of a local Ray. A runtime_env would do as well, and cost Ray its idle workers.
-        os.environ.update({name: value for name, value in ALLOCATOR.items() if name not in os.environ})
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     ray.init(
         address=address or "local",

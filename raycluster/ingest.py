@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from ctrdist.allocator import keep_freed_memory
 from ctrdist.epoch import Chunk, read_chunk
 from ctrdist.fields import Encoder, load_encoders
 from ctrdist.items import Catalog
@@ -47,6 +48,7 @@ class LogReader:
 
 @lru_cache(maxsize=2)
 def _open(state: str, output: str) -> tuple[Schema, dict[str, Encoder], Catalog]:
+    keep_freed_memory()
     folder = State(state).local(output)
     schema = Schema.load(folder / "schema.yaml")
     return schema, load_encoders(folder / "vocabulary"), Catalog.load(folder / "catalog", schema)

@@ -59,4 +59,5 @@ def test_ratios_compare_like_with_like():
     assert ratios([row(10, 4.0, 8.0, 3.0, 6.0), row(1000, 5.0, 100.0, 4.0, 20.0)], []) == {
         "din_8_flatness": 1.25, "din_8_vs_dense_10": 2.0, "din_8_vs_fused_10": 2.0, "din_8_vs_x_10": 10.0,
         "din_8_vs_dense_1000": 20.0, "din_8_vs_fused_1000": 5.0, "din_8_vs_x_1000": 7.5,
+        "din_8_vs_dense_as_trained_10": 8 / 3, "din_8_vs_dense_as_trained_1000": 25.0,
     }  # fmt: skip
