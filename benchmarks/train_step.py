@@ -2,8 +2,9 @@
 
 Each contestant runs in a process of its own (`benchmarks/step`), all in turns: the default allocator for ours and for
 `nn.Embedding` with AdamW, and large allocations kept for ours, for fused AdamW and for the other libraries, which gain
-from it. (Training itself always keeps them: `ctrdist.allocator`.) A log of random ids: users, a tenth as many items with their category, histories of 20, width 16. Ours finds
-the distinct ids of a batch within its step. Then two workers on two cores beside one on one.
+from it. (Training itself always keeps them: `ctrdist.allocator`.) A log of random ids: users, a tenth as many items
+with their category, histories of 20, width 16. Ours finds the distinct ids of a batch within its step. Then two workers
+on two cores beside one on one, and beside two that have nothing to do with each other.
 
 Other libraries are measured where they are installed: `pip install -e '.[peers]'`.
 """
@@ -111,14 +112,14 @@ def measure(options: Options) -> Iterator[dict]:
                 yield row | {"peers": ms, **least, "ours_over_floor": row["ours_kept_ms"] / least["floor_ms"]}
 
 
-def work(rank: int, size: int, network: str, users: int, batch: int, folder: str) -> None:
-    """One worker of `size`: writes its seconds a step."""
+def work(rank: int, size: int, together: bool, network: str, users: int, batch: int, folder: str) -> None:
+    """One worker of `size`, or, if not `together`, one process beside others: writes its seconds a step."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    if size > 1:
+    if together:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     world = World.of(users)
-    ours = Ours(network, world, "cpu", group=DistributedGroup() if size > 1 else Group())
+    ours = Ours(network, world, "cpu", group=DistributedGroup() if together else Group())
     batches = [world.draw(batch, 1000 * rank + seed) for seed in range(25)]
     seconds = []
     for rows in batches:
@@ -126,26 +127,33 @@ def work(rank: int, size: int, network: str, users: int, batch: int, folder: str
         ours.step(rows)
         seconds.append(time.perf_counter() - began)
     Path(folder, f"{rank}.json").write_text(json.dumps(median(seconds[5:])))
-    if size > 1:
+    if together:
         dist.destroy_process_group()
 
 
 def scaling(options: Options) -> list[dict]:
-    """Samples a second of several workers over those of one, a thread each, with as many rows a worker, or in all."""
-    network, users, rows = options.networks[0], options.users[0], []
+    """Samples a second of several workers over those of one, a thread each: with as many rows a worker, with as many in
+    all, and, as what the machine has to give, of as many processes that have nothing to do with each other."""
+    network, users, size, rows = options.networks[0], options.users[0], options.workers, []
     for batch in options.batches:
-        speed = {}
-        for size, share in ((1, batch), (options.workers, batch), (options.workers, batch // options.workers)):
+
+        def speed(workers: int, together: bool, share: int) -> float:
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(work, (size, network, users, share, folder), size)
+                mp.spawn(work, (workers, together, network, users, share, folder), workers)
                 slowest = max(json.loads(path.read_text()) for path in Path(folder).glob("*.json"))
-            speed[size, share] = size * share / slowest
-        alone = speed[1, batch]
-        of = {"same_batch_a_worker": batch, "same_global_batch": batch // options.workers}
-        for what, share in of.items():
+            return workers * share / slowest
+
+        alone = speed(1, False, batch)
+        runs = {
+            "same_batch_a_worker": (True, batch),
+            "same_global_batch": (True, batch // size),
+            "apart": (False, batch),
+        }
+        for what, (together, share) in runs.items():
+            found = speed(size, together, share)
             rows.append({
-                "network": network, "vocab": users, "workers": options.workers, "batch_a_worker": share, "what": what,
-                "samples_per_s": speed[options.workers, share], "speedup": speed[options.workers, share] / alone,
+                "network": network, "vocab": users, "workers": size, "batch_a_worker": share, "what": what,
+                "samples_per_s": found, "speedup": found / alone,
             })  # fmt: skip
     return rows
 
@@ -191,11 +199,11 @@ def show(rows: list[dict], profile: dict[str, float], spread: list[dict], option
     console.print(table)
     if spread:
         table = Table(title="Workers of one thread each, beside one alone")
-        for name in ("workers", "batch a worker", "samples/s", "times one worker"):
-            table.add_column(name, justify="right")
+        for name in ("workers", "", "batch a worker", "samples/s", "times one worker"):
+            table.add_column(name, justify="left" if not name else "right")
         for row in spread:
             speed = (f"{row['samples_per_s']:,.0f}", f"{row['speedup']:.2f}")
-            table.add_row(str(row["workers"]), f"{row['batch_a_worker']:,}", *speed)
+            table.add_row(str(row["workers"]), row["what"].replace("_", " "), f"{row['batch_a_worker']:,}", *speed)
         console.print(table)
 
 
