@@ -248,19 +248,24 @@ def push_all(tables: list[EmbeddingTable], group: Group, lr_scale: float = 1.0) 
 
 
 def gather_rows(own: list[tuple[Tensor, Tensor]], group: Group) -> list[tuple[Tensor, Tensor]]:
-    """Ids [n] and rows [n, dim] of each table, of all workers, in rank order: three messages for all tables."""
+    """Ids [n] and rows [n, dim] of each table, of all workers, in rank order: two messages for all tables."""
     lengths = torch.tensor([len(ids) for ids, _ in own], device=own[0][0].device)
     counts = group.all_gather(lengths, [len(own)] * group.size).view(group.size, -1).tolist()
-    dims = [rows.shape[1] for _, rows in own]
-    ids = group.all_gather(torch.cat([ids for ids, _ in own]), [sum(of_rank) for of_rank in counts])
-    sizes = [count * dim for of_rank in counts for count, dim in zip(of_rank, dims, strict=True)]
-    per_rank = [sum(sizes[start : start + len(own)]) for start in range(0, len(sizes), len(own))]
-    rows = group.all_gather(torch.cat([rows.flatten() for _, rows in own]), per_rank)
-    ids_of = ids.split([count for of_rank in counts for count in of_rank])
-    rows_of = rows.split(sizes)
+    dims, dtype = [rows.shape[1] for _, rows in own], own[0][1].dtype
+    shares = [(sum(of_rank), sum(n * dim for n, dim in zip(of_rank, dims, strict=True))) for of_rank in counts]
+    # As bytes: ids, rows, and what makes a share a multiple of an id, so that each share can be read as ids again.
+    parts = [torch.cat([ids for ids, _ in own]), torch.cat([rows.flatten() for _, rows in own])]
+    sizes = [8 * ids + -(-numbers * dtype.itemsize // 8) * 8 for ids, numbers in shares]
+    sent = torch.cat([part.view(torch.uint8) for part in parts])
+    sent = F.pad(sent, (0, sizes[group.rank] - len(sent)))
+    found: list[list[tuple[Tensor, Tensor]]] = []
+    everyones = group.all_gather(sent, sizes).split(sizes)
+    for of_rank, (ids, numbers), share in zip(counts, shares, everyones, strict=True):
+        rows = share[8 * ids :].view(dtype)[:numbers].split([n * dim for n, dim in zip(of_rank, dims, strict=True)])
+        found.append(list(zip(share[: 8 * ids].view(torch.int64).split(of_rank), rows, strict=True)))
     return [
-        (torch.cat(ids_of[table :: len(own)]), torch.cat(rows_of[table :: len(own)]).view(-1, dim))
-        for table, dim in enumerate(dims)
+        (torch.cat([ids for ids, _ in of_table]), torch.cat([rows for _, rows in of_table]).view(-1, dim))
+        for of_table, dim in zip(zip(*found, strict=True), dims, strict=True)
     ]
 
 

@@ -20,8 +20,13 @@ class Group:
     sent: int = 0
     """Bytes that this worker has sent to others so far; all-gathers and all-reduces as a ring sends them."""
 
-    def all_reduce(self, value: Tensor) -> Tensor:
-        """The sum of `value` over the workers, differentiable. Same shape and dtype on all of them."""
+    def all_reduce(self, value: Tensor, alike: bool = False) -> Tensor:
+        """The sum of `value` over the workers, differentiable. Same shape and dtype on all of them.
+
+        Args:
+            alike: every worker makes the same of the sum, so that its gradient is the same on all of them: the backward
+                pass then needs no message.
+        """
         return value
 
     def all_gather(self, value: Tensor, sizes: list[int] | None = None) -> Tensor:
@@ -62,8 +67,8 @@ class DistributedGroup(Group):
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
-    def all_reduce(self, value: Tensor) -> Tensor:
-        return _AllReduce.apply(value, self)
+    def all_reduce(self, value: Tensor, alike: bool = False) -> Tensor:
+        return _AllReduce.apply(value, self, alike)
 
     def all_gather(self, value: Tensor, sizes: list[int] | None = None) -> Tensor:
         return _AllGather.apply(value, self, sizes)
@@ -117,13 +122,15 @@ def attach_group(module: torch.nn.Module, group: Group) -> None:
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, group: DistributedGroup) -> Tensor:
-        ctx.group = group
+    def forward(ctx, value: Tensor, group: DistributedGroup, alike: bool) -> Tensor:
+        ctx.group, ctx.alike = group, alike
         return group.reduce_(value.detach().clone(memory_format=torch.contiguous_format))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.group.reduce_(gradient.clone(memory_format=torch.contiguous_format)), None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.alike:
+            return gradient * ctx.group.size, None, None
+        return ctx.group.reduce_(gradient.clone(memory_format=torch.contiguous_format)), None, None
 
 
 class _AllGather(torch.autograd.Function):

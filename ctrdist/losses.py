@@ -24,7 +24,7 @@ def global_mean(total: Tensor, count: int | Tensor, group: Group = ALONE) -> Ten
         count: the number of this worker's rows; a scalar tensor if only the device knows it.
         group: the workers.
     """
-    both = group.all_reduce(torch.stack([total, torch.as_tensor(count).to(total)]))
+    both = group.all_reduce(torch.stack([total, torch.as_tensor(count).to(total)]), alike=True)
     return both[0] / both[1].clamp(min=1)
 
 

@@ -196,8 +196,8 @@ def test_traffic_follows_the_distinct_ids_not_the_table(workers):
     everyone = workers(size, count_traffic, CASES)
     for found in everyone:
         for (rows, distinct, _), sent in zip(CASES, found, strict=True):
-            # A ring passes on everyone's ids and gradients, and how many there are; of none, room for one.
-            assert sent["replicated"] == (size - 1) * ((distinct * (8 + 4 * 8) or 8 + 4) + 8)
+            # A ring passes on everyone's ids and gradients, and how many there are; of none, a byte.
+            assert sent["replicated"] == (size - 1) * ((distinct * (8 + 4 * 8) or 1) + 8)
             assert sent["sharded"] >= sent["remote"] * 8 + (size - 1) * 8
             assert rows >= distinct
         sharded = [sent["sharded"] for sent in found]
