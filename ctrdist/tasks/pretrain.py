@@ -118,18 +118,21 @@ class DomainAdaptivePretraining(Task):
     def _read(self, part: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Of b texts the sum of L_LM over their words, the number of these, and the views [2, b, width]."""
         config, model, rows = self.config, self.language_model, len(part)
-        words = mask_tokens(part, self.vocabulary, config.mask_probability, self.seed) if self.masks else None
-        views = 2 if config.simcse_weight else 0 if self.masks else 1
-        texts = [words.input_ids] * self.masks + [part.input_ids] * views
+        views = 2 if config.simcse_weight else 0
+        if self.masks:
+            words = mask_tokens(part, self.vocabulary, config.mask_probability, self.seed)
+            texts, first = [words.input_ids] + [part.input_ids] * views, rows
+        else:
+            words = next_tokens(part)
+            texts, first = [part.input_ids] * max(views, 1), 0
         mask = part.attention_mask.repeat(len(texts), 1)
         last, states = model.states(torch.cat(texts), mask)
         total = count = last.new_zeros((), dtype=torch.promote_types(last.dtype, torch.float32))
         if config.mlm_weight:
-            words = words or next_tokens(part)
             logits = model.token_logits(last[:rows].flatten(0, 1)[words.positions])
             total, count = language_model_total(logits, words.targets), count + len(words.targets)
-        first = rows * self.masks
-        return total, count, model.pool(states[first:], mask[first:]).unflatten(0, (views, rows))
+        seen = slice(first, first + views * rows)
+        return total, count, model.pool(states[seen], mask[seen]).unflatten(0, (views, rows))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The whole language model, or its adapters, and its head where there is one to train."""

@@ -189,8 +189,8 @@ def _text_training(
     held = held_out(items, config.valid_share, seed)
     if config.valid_share and not (held.any() and not held.all()):
         raise UserError(
-            f"valid_share {config.valid_share}: {held.sum()} of {len(items)} items are held out, which leaves nothing "
-            "to train or to validate on; choose another share"
+            f"{name}: valid_share {config.valid_share}: {held.sum()} of {len(items)} items are held out, which leaves "
+            "nothing to train or to validate on; choose another share"
         )
     loop = LoopConfig(
         steps_per_epoch=-(-int((~held).sum()) // batch),

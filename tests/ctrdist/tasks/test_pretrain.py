@@ -8,9 +8,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ctrdist.errors import UserError
 from ctrdist.group import Group, attach_group
+from ctrdist.language.lora import LoraConfig
 from ctrdist.language.masking import mask_tokens
 from ctrdist.language.model import LanguageModel
 from ctrdist.language.tokens import TokenBatch, tokenize
+from ctrdist.loop import LoopConfig, fit
 from ctrdist.losses import info_nce
 from ctrdist.tasks.pretrain import DomainAdaptivePretraining, PretrainConfig
 
@@ -131,7 +133,7 @@ def test_a_decoder_with_adapters_learns_and_goes_on_from_a_checkpoint(lm_family,
         model = LanguageModel.load(str(lm_family("gpt2")), head=True)
         model.adapt(LoraConfig(lr=0.02))
         model.checkpoint_layers()
-        return DomainAdaptivePretraining(model, PretrainConfig(simcse_weight=0.1, chunk=3, valid_share=0.5), seed=1)
+        return DomainAdaptivePretraining(model, PretrainConfig(simcse_weight=0.1, chunk=3), seed=1)
 
     def batches(first: int):
         return (batch_of(whole, epoch=step) for step in range(first, 30))
