@@ -211,6 +211,7 @@ class LanguageModel(nn.Module):
         if self.pooling not in _MODES:
             (folder / POOLING_NOTE).write_text(json.dumps({"pooling": self.pooling}))
             return
+        (folder / POOLING_NOTE).unlink(missing_ok=True)
         kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
         modules = [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
