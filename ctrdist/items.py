@@ -267,3 +267,15 @@ def item_batches(items: np.ndarray, size: int, seed: int, epoch: int) -> Iterato
     order = np.random.default_rng([seed, epoch]).permutation(items)
     for start in range(0, len(order), size):
         yield order[start : start + size]
+
+
+def most_popular(items: np.ndarray, counts: np.ndarray, share: float) -> np.ndarray:
+    """The `share` of the items that have the most training rows, in the order given; of equals the first ones.
+
+    Args:
+        items: [items] catalog rows.
+        counts: training rows by catalog row.
+        share: over 0, at most 1; one item at least is kept.
+    """
+    order = np.argsort(-counts[items], kind="stable")
+    return items[np.sort(order[: max(1, round(share * len(items)))])]

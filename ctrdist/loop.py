@@ -36,8 +36,8 @@ class LoopConfig:
     Args:
         steps_per_epoch: global batches of an epoch.
         epochs: epochs, at most.
-        patience: stop after this many epochs without a better validation AUC, and end with the best epoch's weights; 0
-            trains to the end and keeps the last weights.
+        patience: stop after this many epochs without a better validation score (see `validate`), and end with the best
+            epoch's weights; 0 trains to the end and keeps the last weights.
         schedule: course of the learning rates.
         warmup: share of all steps over which they rise.
         clip_norm: largest norm of the dense gradients; 0 for no limit.
@@ -67,10 +67,12 @@ class Progress:
 
     Args:
         step: global batches done: the cursor of the run.
-        best_auc: validation AUC of the weights kept so far; NaN without validation.
+        best_auc: validation AUC of the weights kept so far; NaN without validation, or if it is by the loss.
+        best_loss: their validation loss; NaN without validation, or if it is by the AUC.
         best_epoch: the epoch (from 1) they are of.
         losses: [step, loss] pairs, the mean loss since the pair before.
         valid_auc: [epoch, AUC] pairs.
+        valid_loss: [epoch, loss] pairs of the validation.
         finished: whether training has ended.
         seconds: in training steps, without validation and checkpoints' ends, from the first batch of each try on.
         waited: of these, seconds spent waiting for the next batch.
@@ -78,9 +80,11 @@ class Progress:
 
     step: int = 0
     best_auc: float = math.nan
+    best_loss: float = math.nan
     best_epoch: int = 0
     losses: list[list[float]] = field(default_factory=list)
     valid_auc: list[list[float]] = field(default_factory=list)
+    valid_loss: list[list[float]] = field(default_factory=list)
     finished: bool = False
     seconds: float = 0.0
     waited: float = 0.0
@@ -98,13 +102,14 @@ def fit(
     checkpoint: Callable[[Callable[[Path], None], Progress], None] | None = None,
     record: Callable[[Record], None] | None = None,
 ) -> Progress:
-    """Train `task` in place; it ends with the last weights or, with patience, with the best epoch's by validation AUC.
+    """Train `task` in place; it ends with the last weights or, with patience, with the best epoch's by validation.
 
     Args:
         train: this worker's batches from global batch `step` on, through all the epochs. Every worker gets the same
             number of them; some may be empty.
         group: the workers that train together; alone if None.
-        valid: this worker's share of the validation rows, anew at each call. Needs `task.predict`.
+        valid: this worker's share of the validation rows, anew at each call. For a task that is judged by its loss,
+            every worker gets the same number of batches; some may be empty.
         resume: folder that an earlier `checkpoint` wrote; training goes on from there.
         checkpoint: called with a function that writes a checkpoint to a folder: on rank 0 or, if tables are spread over
             the workers (`is_collective`), on every one of them at the same step, with one folder for all.
@@ -150,8 +155,8 @@ def fit(
         if ended:
             meter.flush()
             if valid is not None:
-                best = validate(task, valid, progress, config, group, device, best, batch)
-                meter.validated()
+                best, score = validate(task, valid, progress, config, group, device, best, batch)
+                meter.validated(score)
             progress.finished = progress.finished or progress.step >= total
         due = ended or time.monotonic() - saved_at > config.checkpoint_seconds
         if checkpoint and together:  # the first worker's clock counts
@@ -239,35 +244,65 @@ def validate(
     device: str | torch.device,
     best: dict[str, Tensor] | None,
     like: Any,
-) -> dict[str, Tensor] | None:
-    """Score the validation rows of all workers and note the AUC; with patience, keep a copy of the best weights.
+) -> tuple[dict[str, Tensor] | None, Record]:
+    """Score the validation rows of all workers and note the score; with patience, keep a copy of the best weights.
+
+    A task that predicts is judged by the AUC, any other by its own loss in evaluation mode.
 
     Args:
         like: a batch of this task; only sharded tables need it, of which a worker without rows left must take part in
             the look-ups of the others.
+
+    Returns:
+        The best weights so far, None without patience, and the score, `valid_auc` or `valid_loss`.
     """
     task.eval()
     for table in tables_of(task):
         table.settle()
+    by_auc = type(task).predict is not Task.predict
+    name = "auc" if by_auc else "loss"
+    if by_auc:
+        score = _auc(task, prefetch(valid()), group, device, like)
+    else:
+        score = _mean_loss(task, prefetch(valid()), config, group, device)
+    task.train()
+    epoch, before = progress.step // config.steps_per_epoch, getattr(progress, f"best_{name}")
+    getattr(progress, f"valid_{name}").append([epoch, score])
+    record = {f"valid_{name}": score}
+    better = math.isnan(before) or (score > before if by_auc else score < before)
+    if better or best is None:
+        setattr(progress, f"best_{name}", score)
+        progress.best_epoch = epoch
+        if config.patience:
+            best = {name: value.detach().clone() for name, value in task.state_dict().items()}
+    progress.finished = bool(config.patience) and epoch - progress.best_epoch >= config.patience
+    return best, record
+
+
+def _auc(task: Task, batches: Iterator[Any], group: Group, device: str | torch.device, like: Any) -> float:
     metrics = StreamingMetrics()
-    batches = (batch for batch in prefetch(valid()) if len(batch))
+    batches = (batch for batch in batches if len(batch))
     for batch in in_step(batches, like.empty(), group, device) if is_collective(task) else batches:
         batch = batch.to(device)
         metrics.update(batch.label.cpu().numpy(), task.predict(batch).cpu().numpy())
     total = group.all_reduce(torch.from_numpy(metrics.state).to(device)).cpu().numpy()
     metrics = StreamingMetrics()
     metrics.merge(total)
-    task.train()
-    epoch, auc = progress.step // config.steps_per_epoch, metrics.auc()
-    progress.valid_auc.append([epoch, auc])
-    if not config.patience:
-        progress.best_auc, progress.best_epoch = auc, epoch
-        return None
-    if best is None or math.isnan(progress.best_auc) or auc > progress.best_auc:
-        progress.best_auc, progress.best_epoch = auc, epoch
-        best = {name: value.detach().clone() for name, value in task.state_dict().items()}
-    progress.finished = epoch - progress.best_epoch >= config.patience
-    return best
+    return metrics.auc()
+
+
+def _mean_loss(
+    task: Task, batches: Iterator[Any], config: LoopConfig, group: Group, device: str | torch.device
+) -> float:
+    """The task's loss over all global batches, each weighted by its rows."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = batch.to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, use_bfloat16(config.precision, device)):
+            loss = task(batch)["loss"]
+        sums += len(batch) * torch.stack([loss.double(), loss.new_ones((), dtype=torch.float64)])
+    total, rows = group.all_reduce(sums).tolist()
+    return total / max(rows, 1.0)
 
 
 def in_step(batches: Iterator[Any], empty: Any, group: Group, device: str | torch.device) -> Iterator[Any]:
@@ -323,7 +358,7 @@ class Meter:
         if not math.isfinite(means["loss"]):
             raise UserError(
                 f"the loss is {means['loss']} at step {self.progress.step}; lower the learning rate "
-                "(--ctr.lr, --ctr.table-lr, --pretrain.lr or --align.lr)"
+                "(--ctr.lr, --ctr.table-lr, --pretrain.lr, --align.lr or --lm.lora.lr)"
             )
         self.progress.losses.append([self.progress.step, means["loss"]])
         self.progress.seconds += seconds
@@ -331,9 +366,9 @@ class Meter:
         self._send(means | {"rows_per_second": self.rows / seconds, "data_wait": self.waited / seconds})
         self.sums, self.steps, self.rows, self.waited, self.since = {}, 0, 0, 0.0, time.monotonic()
 
-    def validated(self) -> None:
-        """Record the last validation AUC."""
-        self._send({"valid_auc": self.progress.valid_auc[-1][1]})
+    def validated(self, score: Record) -> None:
+        """Record a validation's score."""
+        self._send(score)
         self.since = time.monotonic()
 
     def _send(self, values: Record) -> None:

@@ -14,6 +14,7 @@ from ctrdist.group import Group
 
 ALONE = Group()
 SIMILARITIES = ("dot", "cosine")
+NEGATIVES = ("global", "local")
 
 
 def global_mean(total: Tensor, count: int | Tensor, group: Group = ALONE) -> Tensor:
@@ -21,11 +22,12 @@ def global_mean(total: Tensor, count: int | Tensor, group: Group = ALONE) -> Ten
 
     Args:
         total: scalar, the sum over this worker's rows.
-        count: the number of this worker's rows; a scalar tensor if only the device knows it.
+        count: the number of this worker's rows, or the sum of their weights; a scalar tensor if only the device knows
+            it.
         group: the workers.
     """
     both = group.all_reduce(torch.stack([total, torch.as_tensor(count).to(total)]), alike=True)
-    return both[0] / both[1].clamp(min=1)
+    return both[0] / both[1].where(both[1] > 0, 1)
 
 
 def binary_cross_entropy(logit: Tensor, label: Tensor, group: Group = ALONE) -> Tensor:
@@ -77,30 +79,56 @@ def in_batch_logits(
         return query @ group.all_gather(key).T / temperature, positive
 
 
-def info_nce(query: Tensor, key: Tensor, temperature: float, group: Group = ALONE, similarity: str = "dot") -> Tensor:
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    temperature: float,
+    group: Group = ALONE,
+    similarity: str = "dot",
+    weight: Tensor | None = None,
+    negatives: str = "global",
+) -> Tensor:
     """Contrastive loss: each query should find its own key among the keys of the whole global batch.
 
-        L = -1/N sum_i log [ exp(sim(q_i, k_i) / t) / sum_j exp(sim(q_i, k_j) / t) ]
+        L = -sum_i w_i / (sum_i w_i) log [ exp(sim(q_i, k_i) / t) / sum_j exp(sim(q_i, k_j) / t) ]
 
-    CELA eq. 10 (ROMA, `dot`, t = 1) and eq. 5 (SimCSE, `cosine`, t = 0.05). Each worker holds [B, N] similarities,
-    never [N, N].
+    CELA eq. 10 (ROMA, `dot`, t = 1) and eq. 5 (SimCSE, `cosine`, t = 0.05), with all w_i = 1. Each worker holds [B, N]
+    similarities, never [N, N].
 
     Args:
         query: [B, D] float.
         key: [B, D] float, row k the positive of query k; the other rows, and the other workers' rows, are negatives.
         temperature: t, over 0.
-        group: the workers; N counts the queries of all.
+        group: the workers; i runs over the queries of all.
         similarity: `dot` or `cosine`.
+        weight: w [B], 0 or more; 1 if None.
+        negatives: `global`, or `local`: j runs over this worker's keys only.
 
     Raises:
         UserError: a temperature of 0 or less, or an unknown similarity.
     """
-    logits, positive = in_batch_logits(query, key, temperature, group, similarity)
-    return global_mean(F.cross_entropy(logits, positive, reduction="sum"), logits.shape[0], group)
+    logits, positive = in_batch_logits(query, key, temperature, among(group, negatives), similarity)
+    if weight is None:
+        return global_mean(F.cross_entropy(logits, positive, reduction="sum"), logits.shape[0], group)
+    weight = weight.to(logits.dtype)
+    each = F.cross_entropy(logits, positive, reduction="none")
+    return global_mean((weight * each).sum(), weight.sum(), group)
+
+
+def among(group: Group, negatives: str) -> Group:
+    """The workers that the negatives come from: `global` is all of `group`, `local` this one alone."""
+    assert negatives in NEGATIVES, negatives
+    return ALONE if negatives == "local" else group
 
 
 def symmetric_info_nce(
-    text: Tensor, item: Tensor, temperature: float, group: Group = ALONE, similarity: str = "dot"
+    text: Tensor,
+    item: Tensor,
+    temperature: float,
+    group: Group = ALONE,
+    similarity: str = "dot",
+    weight: Tensor | None = None,
+    negatives: str = "global",
 ) -> Tensor:
     """InfoNCE in both directions, summed.
 
@@ -114,27 +142,29 @@ def symmetric_info_nce(
         temperature: over 0.
         group: the workers.
         similarity: `dot` or `cosine`.
+        weight: [B], of the items, in both directions; 1 if None.
+        negatives: `global` or `local`.
 
     Raises:
         UserError: a temperature of 0 or less, or an unknown similarity.
     """
-    return info_nce(text, item, temperature, group, similarity) + info_nce(item, text, temperature, group, similarity)
+    options = (temperature, group, similarity, weight, negatives)
+    return info_nce(text, item, *options) + info_nce(item, text, *options)
 
 
-def masked_language_model(logits: Tensor, targets: Tensor, group: Group = ALONE) -> Tensor:
-    """Cross-entropy of the words behind the masks.
+def language_model_total(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of the words that a language model is to predict, as a sum over this worker's.
 
-        L = -1/M sum_m log P(x_m | the rest)
+        L = -sum_m log P(x_m | what the state of m has read)
 
-    CELA eq. 4, there as a sum; the mean over all masked tokens of all workers keeps its scale when batches differ.
+    CELA eq. 4 for masked words. `global_mean` makes it the mean over the words of all parts and workers, which keeps
+    its scale when batches differ.
 
     Args:
-        logits: [M, V] float, at the masked positions only.
-        targets: [M] int64, the tokens that stood there.
-        group: the workers.
+        logits: [M, V] float, at the positions that predict a word only.
+        targets: [M] int64, the words.
     """
-    total = F.cross_entropy(_wide(logits), targets, reduction="sum")
-    return global_mean(total, targets.shape[0], group)
+    return F.cross_entropy(_wide(logits), targets, reduction="sum")
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ _SECTIONS = ("rows", "window", "quarantine", "gain", "text_table", "config", "ve
 def plots(report: Mapping) -> dict[str, "Markup"]:
     """The report's charts by name, as <svg> elements for a page that defines the colours of `charts.SCHEMES`.
 
-    `popularity`, `calibration`, and for each stage that has them `STAGE_loss` and `STAGE_auc`.
+    `popularity`, `calibration`, and for each stage that has them `STAGE_loss`, `STAGE_auc` and `STAGE_valid_loss`.
     """
     from ctrdist import charts
 
@@ -114,6 +114,8 @@ def plots(report: Mapping) -> dict[str, "Markup"]:
             drawn[f"{name}_loss"] = charts.curve(loss, "step", "loss")
         if valid := finite(stage.get("valid_auc")):
             drawn[f"{name}_auc"] = charts.curve(valid, "epoch", "validation AUC", series=1)
+        if held := finite(stage.get("valid_loss")):
+            drawn[f"{name}_valid_loss"] = charts.curve(held, "epoch", "loss of held-out items", series=1)
     return drawn
 
 

@@ -52,7 +52,7 @@ class CelaOptions(DayOptions):
         if self.rounds < 1:
             raise UserError(f"--rounds {self.rounds}: at least 1")
         backbones.check(self.ctr.backbone)
-        check_model(self.lm.name, masked_lm=self.pretrain.epochs > 0)
+        check_model(self.lm.name, head=self.pretrain.epochs > 0 and self.pretrain.mlm_weight > 0)
 
     def batch_sizes(self) -> dict[str, int]:
         """Rows of a global batch, by option."""
@@ -86,7 +86,7 @@ def cela(day: Day, options: CelaOptions) -> dict:
             aligned,
             fused if number > 1 else id_model,
             options.align,
-            options.lm.precision,
+            options.lm,
             warm=warm,
         )
         text = encode(day, f"encode{suffix}", read, aligned, options.encode)

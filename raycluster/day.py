@@ -299,9 +299,10 @@ class Progress:
 
     def __call__(self, record: dict) -> None:
         now = record["time"]  # records may come in bunches
-        if "valid_auc" in record:
-            say(f"{self.stage:10} epoch {record['epoch']:.0f}: validation AUC {record['valid_auc']:.4f}")
-            return
+        for name, title in (("valid_auc", "validation AUC"), ("valid_loss", "loss of the held-out items")):
+            if name in record:
+                say(f"{self.stage:10} epoch {record['epoch']:.0f}: {title} {record[name]:.4f}")
+                return
         if self.first_step is None:
             self.first_step, self.began = record["step"], now
         done = record["step"] - self.first_step

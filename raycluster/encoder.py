@@ -12,7 +12,7 @@ from ray.data import ActorPoolStrategy
 
 from ctrdist.errors import UserError
 from ctrdist.items import ItemTexts
-from ctrdist.language.model import LanguageModel
+from ctrdist.language.encoder import load_encoder
 from ctrdist.language.tokens import tokenize
 from ctrdist.loop import use_bfloat16
 from ctrdist.optim import Precision
@@ -59,7 +59,7 @@ class Encoder:
         torch.set_num_threads(threads)
         self.state, self.shards, self.inputs, self.config = State(state), shards, inputs, config
         self.device = torch.device("cuda" if gpu else "cpu")
-        self.model = LanguageModel.load(str(self.state.local(language_model))).eval().to(self.device)
+        self.model = load_encoder(self.state.local(language_model)).eval().to(self.device)
         self.items, self.texts = encoding_order(self.state.local(texts))
         self.bfloat16 = use_bfloat16(config.precision, self.device)
 

@@ -59,6 +59,7 @@ def _stage(day: Day, name: str, manifest: Manifest) -> dict[str, Any]:
         "skipped": name in day.skipped,
         "losses": facts.get("losses", []),
         "valid_auc": facts.get("valid_auc", []),
+        "valid_loss": facts.get("valid_loss", []),
         "data_wait": facts.get("data_wait"),
     }
 

@@ -43,6 +43,7 @@ class Training:
             worker's share of `batches_a_block` global batches each; for tasks on the log.
         valid_stream: the validation rows; for tasks on the log.
         batches: (rank, workers, step) -> this worker's batches; for tasks on the items.
+        valid_batches: the same of the held-out items, from step 0.
         facts: what the output's manifest should say besides; `rows` are those of an epoch, and become those trained on.
         metrics: local file that rank 0 appends its records to, as JSON lines.
     """
@@ -59,6 +60,7 @@ class Training:
     batches_a_block: int = 1
     valid_stream: Callable[[], "ray.data.Dataset"] | None = None
     batches: Callable[[int, int, int], Iterator[Any]] | None = None
+    valid_batches: Callable[[int, int, int], Iterator[Any]] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     metrics: str | None = None
 
@@ -163,6 +165,8 @@ def _work(config: dict[str, Any]) -> None:
         return map(training.collate, islice(tables, done, None))
 
     def valid() -> Iterator[Any]:
+        if training.valid_batches:
+            return training.valid_batches(group.rank, group.size, 0)
         rows = max(share, 1024)
         dealt = blocks(ray.train.get_dataset_shard("valid"))
         return (training.collate(b.slice(start, rows)) for b in dealt for start in range(0, b.num_rows, rows))
@@ -180,7 +184,7 @@ def _work(config: dict[str, Any]) -> None:
         training.loop,
         group=group,
         device=get_device(),
-        valid=valid if training.valid_stream else None,
+        valid=valid if training.valid_stream or training.valid_batches else None,
         resume=state.local(training.checkpoint) if resume else None,
         checkpoint=save_checkpoint,
         record=Recorder(training.metrics),
@@ -191,6 +195,7 @@ def _work(config: dict[str, Any]) -> None:
             "rows": rows,
             "losses": progress.losses,
             "valid_auc": progress.valid_auc,
+            "valid_loss": progress.valid_loss,
             "best_epoch": progress.best_epoch,
             "data_wait": progress.waited / max(progress.seconds, 1e-9),
             "workers": group.size,

@@ -80,6 +80,86 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+MARKS = {  # of each kind of tokenizer: padding, unknown, start, end and mask, in the order of their ids
+    "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+    "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+    "gpt2": ["<|endoftext|>"],
+    "opt": ["<s>", "<pad>", "</s>", "<unk>"],
+}
+
+
+def build_tokenizer(kind: str):
+    """A byte-level BPE tokenizer over `WORDS` with the special tokens of a kind of language model, as transformers'."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    marks, bytes_ = MARKS[kind], pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer, built.decoder = bytes_, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=marks, initial_alphabet=bytes_.alphabet(), show_progress=False
+    )
+    built.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    around = {"bert": "[CLS] $A [SEP]", "roberta": "<s> $A </s>", "opt": "</s> $A"}.get(kind)
+    if around:
+        used = [(mark, marks.index(mark)) for mark in marks if mark in around.split()]
+        built.post_processor = processors.TemplateProcessing(single=around, special_tokens=used)
+    names = {
+        "bert": ["pad", "unk", "cls", "sep", "mask"],
+        "roberta": ["bos", "pad", "eos", "unk", "mask"],
+        "gpt2": ["eos"],
+        "opt": ["bos", "pad", "eos", "unk"],
+    }[kind]
+    special = {f"{name}_token": mark for name, mark in zip(names, marks, strict=True)}
+    return PreTrainedTokenizerFast(tokenizer_object=built, **special)
+
+
+@pytest.fixture(scope="session")
+def lm_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`lm_family(name)`: folder of a small random model of a family, 16 wide, 3 layers, 24 tokens, with its head."""
+    import transformers as hf
+
+    made: dict[str, Path] = {}
+    wide = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "initializer_range": 0.2}
+    wide |= {"max_position_embeddings": 24, "vocab_size": 330}
+    encoder, opt = wide | {"intermediate_size": 32}, wide | {"ffn_dim": 32, "pad_token_id": 1, "init_std": 0.2}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    families = {
+        "bert": ("bert", hf.BertForMaskedLM, hf.BertConfig(**encoder)),
+        "minilm": ("bert", hf.BertForMaskedLM, hf.BertConfig(**encoder)),
+        "roberta": ("roberta", hf.RobertaForMaskedLM, hf.RobertaConfig(
+            **encoder | {"max_position_embeddings": 26}, pad_token_id=1, type_vocab_size=1)),
+        "deberta-v2": ("bert", hf.DebertaV2ForMaskedLM, hf.DebertaV2Config(
+            **encoder, relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+            position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0)),
+        "modernbert": ("bert", hf.ModernBertForMaskedLM, hf.ModernBertConfig(
+            **encoder, global_attn_every_n_layers=2, local_attention=4, classifier_pooling="mean", pad_token_id=0,
+            cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)),
+        "gpt2": ("gpt2", hf.GPT2LMHeadModel, hf.GPT2Config(
+            n_embd=16, n_layer=3, n_head=2, n_positions=24, vocab_size=330, initializer_range=0.2, **ends)),
+        "opt": ("opt", hf.OPTForCausalLM, hf.OPTConfig(**opt, word_embed_proj_dim=16)),
+        "opt-projected": ("opt", hf.OPTForCausalLM, hf.OPTConfig(
+            **opt, word_embed_proj_dim=8, do_layer_norm_before=False)),
+        "qwen2": ("gpt2", hf.Qwen2ForCausalLM, hf.Qwen2Config(
+            **encoder, num_key_value_heads=1, tie_word_embeddings=False, **ends)),
+    }  # fmt: skip
+
+    def make(name: str) -> Path:
+        if name not in made:
+            tokenizer, model, config = families[name]
+            made[name] = tmp_path_factory.mktemp(name, numbered=False)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model(config).save_pretrained(made[name])
+            build_tokenizer(tokenizer).save_pretrained(made[name])
+            if name == "minilm":
+                (made[name] / "1_Pooling").mkdir()
+                (made[name] / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+        return made[name]
+
+    return make
+
+
 @pytest.fixture
 def workers(tmp_path: Path) -> Callable[..., list[Any]]:
     """`workers(size, function, *arguments)`: call a module-level `function(group, *arguments)` of the test's file in

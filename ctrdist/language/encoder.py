@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ctrdist.errors import UserError
 from ctrdist.language.model import LanguageModel, fingerprint
 
-HEAD = "projection.safetensors"
+HEAD, _INTO_TABLE = "projection.safetensors", "into_table"
 
 
 class TextEncoder(nn.Module):
@@ -20,17 +21,36 @@ class TextEncoder(nn.Module):
         language_model: pools a text to [width].
         out: length of the vector, f * d for f item-side fields of width d.
         hidden: widths of the head's hidden layers, with ReLU between; `()` is eq. 9's single linear map.
+        norm: ReLU and LayerNorm after the last layer, as in the authors' code.
+        into_table: whether the text table takes these vectors, and not the language model's pooled states.
     """
 
-    def __init__(self, language_model: LanguageModel, out: int, hidden: Sequence[int] = (128,)) -> None:
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        out: int,
+        hidden: Sequence[int] = (128,),
+        norm: bool = False,
+        into_table: bool = False,
+    ) -> None:
         super().__init__()
         self.language_model = language_model
         widths = [language_model.width, *hidden, out]
         layers: list[nn.Module] = []
         for before, after in zip(widths, widths[1:], strict=False):
             layers += [nn.Linear(before, after), nn.ReLU()]
-        self.head = nn.Sequential(*layers[:-1])
-        self.out, self.widths = out, (*hidden, out)
+        self.head = nn.Sequential(*layers, nn.LayerNorm(out)) if norm else nn.Sequential(*layers[:-1])
+        self.out, self.widths, self.norm, self.into_table = out, (*hidden, out), norm, into_table
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The language model's."""
+        return self.language_model.tokenizer
+
+    @property
+    def width(self) -> int:
+        """Length of a vector, named as the language model's is."""
+        return self.out
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Token ids [B, L] and mask [B, L] -> vectors [B, out]; B may be 0."""
@@ -43,7 +63,8 @@ class TextEncoder(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the language model's folder and the head beside it (`projection.safetensors`)."""
         self.language_model.save(folder)
-        save_file({key: value.contiguous() for key, value in self.head.state_dict().items()}, Path(folder) / HEAD)
+        state = {key: value.contiguous() for key, value in self.head.state_dict().items()}
+        save_file(state, Path(folder) / HEAD, {_INTO_TABLE: "yes"} if self.into_table else None)
 
     @classmethod
     def load(cls, folder: str | Path) -> "TextEncoder":
@@ -55,11 +76,26 @@ class TextEncoder(nn.Module):
         path = Path(folder) / HEAD
         if not path.exists():
             raise UserError(f"{path}: no such file. The folder holds no aligned text encoder; run the alignment first")
-        state: dict[str, torch.Tensor] = load_file(path)
-        widths = [state[key].shape[0] for key in sorted((k for k in state if k.endswith("weight")), key=_layer)]
-        encoder = cls(LanguageModel.load(str(folder)), widths[-1], widths[:-1])
+        state: dict[str, Tensor] = load_file(path)
+        weights = [state[key] for key in sorted((k for k in state if k.endswith("weight")), key=_layer)]
+        widths = [weight.shape[0] for weight in weights if weight.ndim == 2]
+        norm, into_table = weights[-1].ndim == 1, _into_table(path)
+        encoder = cls(LanguageModel.load(str(folder)), widths[-1], widths[:-1], norm, into_table)
         encoder.head.load_state_dict(state)
         return encoder
+
+
+def load_encoder(folder: str | Path) -> LanguageModel | TextEncoder:
+    """What makes the text table's vectors, [B, width] of token ids and mask: the language model of a folder, with its
+    head where alignment trained the head alone.
+    """
+    path = Path(folder) / HEAD
+    return TextEncoder.load(folder) if path.exists() and _into_table(path) else LanguageModel.load(str(folder))
+
+
+def _into_table(path: Path) -> bool:
+    with safe_open(path, "pt") as file:
+        return _INTO_TABLE in (file.metadata() or {})
 
 
 def _layer(key: str) -> int:

@@ -1,11 +1,13 @@
-"""BERT's masking by a hash of (seed, epoch, item, position): no order, batch or worker changes what is masked."""
+"""What a language model is to predict: masked words (an encoder), or each next word (a decoder)."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ctrdist.draws import mix, uniform
 from ctrdist.errors import UserError
 from ctrdist.language.tokens import TokenBatch
 
@@ -36,13 +38,13 @@ class MaskVocabulary:
 
 
 @dataclass(frozen=True)
-class MaskedTokens:
-    """A masked batch.
+class WordsToPredict:
+    """A batch as the model reads it, and the words that it is to predict.
 
     Args:
-        input_ids: [B, L] int64, masked.
-        positions: [M] int64, where words are to be predicted, in the flattened [B * L].
-        targets: [M] int64, the words that stood there.
+        input_ids: [B, L] int64, masked for an encoder.
+        positions: [M] int64, the states that predict a word, in the flattened [B * L].
+        targets: [M] int64, the words.
     """
 
     input_ids: Tensor
@@ -50,9 +52,10 @@ class MaskedTokens:
     targets: Tensor
 
 
-def mask_tokens(batch: TokenBatch, vocabulary: MaskVocabulary, probability: float, seed: int) -> MaskedTokens:
+def mask_tokens(batch: TokenBatch, vocabulary: MaskVocabulary, probability: float, seed: int) -> WordsToPredict:
     """Choose each real, not special token with `probability`; of those 80 % become the mask, 10 % a random word, and
-    10 % stay. BERT (Devlin et al. 2019, section 3.1), as in CELA section 4.1.1.
+    10 % stay. BERT (Devlin et al. 2019, section 3.1), as in CELA section 4.1.1. The draws are a hash of (seed, epoch,
+    item, position).
 
     Args:
         batch: B texts; `epoch` and `items` enter the draw.
@@ -62,31 +65,24 @@ def mask_tokens(batch: TokenBatch, vocabulary: MaskVocabulary, probability: floa
     """
     ids = batch.input_ids
     position = torch.arange(ids.shape[1], device=ids.device)
-    row = _mix(_mix(torch.full_like(batch.items, seed)) + batch.epoch)
-    key = _mix(_mix(row + batch.items)[:, None] + position)
+    row = mix(mix(torch.full_like(batch.items, seed)) + batch.epoch)
+    key = mix(mix(row + batch.items)[:, None] + position)
     special = torch.isin(ids, torch.tensor(vocabulary.special_ids, dtype=ids.dtype, device=ids.device))
-    chosen = (_uniform(_mix(key)) < probability) & ~special & (batch.attention_mask == 1)
-    action = _uniform(_mix(key + 1))
-    word = (_uniform(_mix(key + 2)) * vocabulary.size).long()
+    chosen = (uniform(mix(key)) < probability) & ~special & (batch.attention_mask == 1)
+    action = uniform(mix(key + 1))
+    word = (uniform(mix(key + 2)) * vocabulary.size).long()
     masked = torch.where(chosen & (action < 0.8), vocabulary.mask_id, ids)
     masked = torch.where(chosen & (action >= 0.8) & (action < 0.9), word, masked)
     positions = chosen.flatten().nonzero().squeeze(1)
-    return MaskedTokens(masked, positions, ids.flatten()[positions])
+    return WordsToPredict(masked, positions, ids.flatten()[positions])
 
 
-def _mix(value: Tensor) -> Tensor:
-    """splitmix64 of int64 values, whose products wrap around."""
-    value = value + -0x61C8864680B583EB
-    value = (value ^ _shift(value, 30)) * -0x40A7B892E31B1A47
-    value = (value ^ _shift(value, 27)) * -0x6B2FB644ECCEEE15
-    return value ^ _shift(value, 31)
+def next_tokens(batch: TokenBatch) -> WordsToPredict:
+    """Each real token but a text's first, from the states of those before it; padding is never a target.
 
-
-def _shift(value: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: torch's own repeats the sign."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _uniform(value: Tensor) -> Tensor:
-    """int64 bits -> float64 in [0, 1)."""
-    return _shift(value, 11).double() * 2.0**-53
+    Args:
+        batch: B texts, padded on the right. A text of one token has nothing to predict.
+    """
+    real = batch.attention_mask == 1
+    positions = F.pad(real[:, :-1] & real[:, 1:], (0, 1)).flatten().nonzero().squeeze(1)
+    return WordsToPredict(batch.input_ids, positions, batch.input_ids.flatten()[positions + 1])

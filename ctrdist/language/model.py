@@ -1,4 +1,4 @@
-"""A Hugging Face language model as this project uses it: token ids -> one vector a text, or logits of masked words."""
+"""A Hugging Face language model as this project uses it: token ids -> one vector a text, or logits of words."""
 
 import hashlib
 import inspect
@@ -8,14 +8,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+)
 
 from ctrdist.errors import UserError, nearest
 from ctrdist.language import source
+from ctrdist.language.lora import ADAPTER, LoraConfig, add_lora, merged_state
 
-POOLINGS = ("cls", "mean", "last")
+POOLINGS = ("cls", "mean", "last", "first-last", "top-2")
 _MODES = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
+_BESIDE_LAST = {"first-last": 1, "top-2": -2}
+"""The layer, counted as Hugging Face counts hidden states, whose states are averaged with the last one's."""
+
+POOLING_NOTE = "pooling.json"
 
 
 class LanguageModel(nn.Module):
@@ -24,9 +40,11 @@ class LanguageModel(nn.Module):
     Make one with `load`. It has no pooler layer: every parameter that `parameter_groups` names gets a gradient.
 
     Args:
-        model: the Hugging Face model, bare or with its masked-word head.
+        model: the Hugging Face model, bare or with the head that predicts words.
         tokenizer: its tokenizer, padding on the right.
-        pooling: `cls` (the first real token), `mean` (of the real tokens) or `last` (the last real token).
+        pooling: `cls` (the first real token), `mean` (of the real tokens), `last` (the last real token), `first-last`
+            (mean over the real tokens of the average of the first and the last layer's states) or `top-2` (the same of
+            the last two layers).
         drawn: names of the model's parameters that the checkpoint lacked, so that they were drawn at random.
     """
 
@@ -36,17 +54,19 @@ class LanguageModel(nn.Module):
         super().__init__()
         assert pooling in POOLINGS
         self.model, self.tokenizer, self.pooling, self.drawn = model, tokenizer, pooling, drawn
+        self.lora: LoraConfig | None = None
 
     @classmethod
-    def load(cls, name: str, pooling: str = "auto", masked_lm: bool = False) -> "LanguageModel":
+    def load(cls, name: str, pooling: str = "auto", head: bool = False) -> "LanguageModel":
         """Load in float32, in training mode, without running code from the checkpoint.
 
         Args:
             name: a folder, or a Hugging Face name such as `sentence-transformers/all-MiniLM-L6-v2`.
-            pooling: `cls`, `mean`, `last`, or `auto`: what the model's own `1_Pooling/config.json` says, else `cls`
-                for encoders and `last` for decoders.
-            masked_lm: with the head that predicts masked words. Where the checkpoint has none it is drawn from
-                torch's random state; its output matrix is the input embeddings.
+            pooling: one of `POOLINGS`, or `auto`: what the folder says (`1_Pooling/config.json` of sentence encoders,
+                `classifier_pooling` in ModernBERT's configuration), else `cls` for encoders and `last` for decoders.
+            head: with the head that predicts words: masked ones for an encoder, each next one for a decoder. Where the
+                checkpoint has none it is drawn from torch's random state; its output matrix is the input embeddings
+                in all families that tie the two.
 
         Raises:
             UserError: no such model or pooling, missing weights, or a head asked of a model that has none.
@@ -56,8 +76,9 @@ class LanguageModel(nn.Module):
             try:
                 config = AutoConfig.from_pretrained(folder)
                 tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
-                _check(name, config, masked_lm)
-                model, drawn = _weights(name, folder, config, masked_lm)
+                _check(name, config, head)
+                pooling = _pooling(pooling, folder, config)
+                model, drawn = _weights(name, folder, config, head)
             except (OSError, ValueError, KeyError) as error:
                 if isinstance(error, UserError):
                     raise
@@ -66,7 +87,7 @@ class LanguageModel(nn.Module):
                     f"language model '{name}': {folder} cannot be loaded: {reason}. It needs config.json, a tokenizer "
                     "and *.safetensors of an architecture that transformers knows without remote code"
                 ) from error
-        return cls(model, _set_up(tokenizer, config), _pooling(pooling, folder, config), drawn).train()
+        return cls(model, _set_up(tokenizer, config), pooling, drawn).train()
 
     @property
     def base(self) -> nn.Module:
@@ -74,9 +95,14 @@ class LanguageModel(nn.Module):
         return self.model.base_model
 
     @property
+    def is_decoder(self) -> bool:
+        """Whether each state has read the tokens up to its own only, so that it can predict the next one."""
+        return _is_decoder(self.base.config)
+
+    @property
     def width(self) -> int:
         """Length of a pooled vector."""
-        return self.base.config.hidden_size
+        return _width(self.base.config)
 
     @property
     def vocabulary_size(self) -> int:
@@ -88,64 +114,104 @@ class LanguageModel(nn.Module):
         """Whether `token_logits` works."""
         return self.model is not self.base
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden states [B, L, width] of token ids [B, L] (int64) under a mask [B, L] (int64, 1 = real token).
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What the head reads, the last layer's states, and what `pool` pools, that or an average of two layers'.
 
         B may be 0: the model then runs on one padding row whose result is dropped, so that each of its parameters
         gets a gradient of zero.
+
+        Args:
+            input_ids: [B, L] int64.
+            attention_mask: [B, L] int64, 1 = real token.
+
+        Returns:
+            Both [B, L, width].
         """
         rows = input_ids.shape[0]
         if rows == 0:
             input_ids = input_ids.new_full((1, max(input_ids.shape[1], 1)), self.tokenizer.pad_token_id or 0)
             attention_mask = torch.ones_like(input_ids)
-        options = {"use_cache": False} if getattr(self.base.config, "use_cache", False) else {}
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state[:rows]
+        options: dict[str, Any] = {"use_cache": False} if getattr(self.base.config, "use_cache", False) else {}
+        beside = _BESIDE_LAST.get(self.pooling)
+        if beside is not None:
+            options["output_hidden_states"] = [beside]
+        out = self.base(input_ids=input_ids, attention_mask=attention_mask, **options)
+        last = out.last_hidden_state[:rows]
+        return last, last if beside is None else (last + out.hidden_states[beside][:rows]) / 2
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Hidden states [B, L, width] -> one vector a text [B, width]; padding never counts."""
-        if self.pooling == "mean":
-            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-            return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+    def pool(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """States [B, L, width], the second of `states`, -> one vector a text [B, width]; padding never counts."""
         if self.pooling == "cls":
             position = attention_mask.argmax(1)
+        elif self.pooling == "last":
+            position = (attention_mask * torch.arange(states.shape[1], device=states.device)).argmax(1)
         else:
-            position = (attention_mask * torch.arange(hidden.shape[1], device=hidden.device)).argmax(1)
-        return hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
+            mask = attention_mask.unsqueeze(-1).to(states.dtype)
+            return (states * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return states[torch.arange(states.shape[0], device=states.device), position]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Token ids [B, L] and mask [B, L] -> pooled vectors [B, width]."""
-        return self.pool(self.hidden(input_ids, attention_mask), attention_mask)
+        return self.pool(self.states(input_ids, attention_mask)[1], attention_mask)
 
     def token_logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states of masked positions [M, width] -> logits over the vocabulary [M, V].
+        """Last states of some positions [M, width] -> logits over the vocabulary [M, V].
 
-        Takes the masked positions only: [B, L, V] would be the largest tensor of a step by far.
+        Takes the positions that predict a word only: [B, L, V] would be the largest tensor of a step by far.
         """
-        assert self.has_head, "load with masked_lm=True"
+        assert self.has_head, "load with head=True"
         return _head(self.model)(hidden)
 
+    def adapt(self, config: LoraConfig) -> None:
+        """Add low-rank adapters, if `config` wants them on such a model: of the loaded weights none is trained then."""
+        if config.use == "always" or (config.use == "auto" and self.is_decoder):
+            assert self.lora is None, "the model has adapters"
+            add_lora(self.base, config)
+            self.lora = config
+
+    def checkpoint_layers(self) -> None:
+        """Keep only each layer's input for the backward pass, which computes the rest again (gradient checkpointing).
+
+        Raises:
+            UserError: the model's family cannot do it.
+        """
+        if not self.base.supports_gradient_checkpointing:
+            raise UserError(f"lm.gradient_checkpointing: not for {self.base.config.model_type}; leave it out")
+        self.base.activation_checkpointing_enable({"use_reentrant": False})
+
     def parameter_groups(self, lr: float, weight_decay: float, drawn_lr: float | None = None) -> list[dict[str, Any]]:
-        """AdamW groups of all parameters but poolers; no weight decay on biases and normalisation (see `decayed`).
+        """AdamW groups of what is trained: all parameters but poolers, or with adapters these and what was drawn.
+
+        No weight decay on biases and normalisation (see `decayed`).
 
         Args:
+            lr: learning rate of the loaded parameters; adapters have their own (`LoraConfig.lr`).
             drawn_lr: learning rate of the parameters that were drawn at random; `lr` if not given.
         """
         named = [(name, p) for name, p in self.model.named_parameters() if "pooler" not in name]
         drawn = [(name, p) for name, p in named if name in self.drawn]
         loaded = [(name, p) for name, p in named if name not in self.drawn]
+        if self.lora is not None:
+            loaded, lr = [(name, p) for name, p in loaded if ADAPTER in name], self.lora.lr
+            drawn_lr = self.lora.lr if drawn_lr is None else drawn_lr
         groups = decayed(loaded, lr, weight_decay) + decayed(drawn, lr if drawn_lr is None else drawn_lr, weight_decay)
         return [group for group in groups if group["params"]]
 
     def save(self, folder: str | Path) -> None:
         """Write weights (safetensors, with the head if there is one), configuration, tokenizer and pooling.
 
-        The folder is read by `load`, by transformers, and by sentence-transformers.
+        Adapters are merged into the weights: the folder holds a plain model, which `load` and transformers read, and
+        sentence-transformers where it knows the pooling.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with source.quiet():
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=merged_state(self.model))
             self.tokenizer.save_pretrained(folder)
+        if self.pooling not in _MODES:
+            (folder / POOLING_NOTE).write_text(json.dumps({"pooling": self.pooling}))
+            return
+        (folder / POOLING_NOTE).unlink(missing_ok=True)
         kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
         modules = [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -159,10 +225,10 @@ class LanguageModel(nn.Module):
 
     def fingerprint(self) -> str:
         """Twelve hex digits that change with any weight of the base model and with the pooling, not with the head."""
-        return fingerprint(self.base, self.pooling)
+        return _digest(merged_state(self.base), self.pooling)
 
 
-def check_model(name: str, masked_lm: bool) -> None:
+def check_model(name: str, head: bool) -> None:
     """Raise the UserError that `LanguageModel.load` would, as far as the configuration tells: no weights are read."""
     folder = source.fetch(name)
     with source.quiet():
@@ -171,7 +237,20 @@ def check_model(name: str, masked_lm: bool) -> None:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"language model '{name}': {folder}: {reason}") from error
-    _check(name, config, masked_lm)
+    _check(name, config, head)
+
+
+def draws_head(name: str) -> bool:
+    """Whether `LanguageModel.load(name, head=True)` draws a head, or a part of it. No weights are read.
+
+    Raises UserError as `load` does.
+    """
+    folder = source.fetch(name)
+    with source.quiet():
+        config = AutoConfig.from_pretrained(folder)
+        _check(name, config, head=True)
+        _, report = _loader(config, head=True).from_pretrained(folder, device_map="meta", **_OPTIONS)
+    return bool(report["missing_keys"])
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -185,14 +264,20 @@ def _set_up(tokenizer: PreTrainedTokenizerBase, config: Any) -> PreTrainedTokeni
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    if config.model_type in _POSITIONS_FROM_PADDING:
+        positions -= config.pad_token_id + 1
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
 
 
 def fingerprint(module: nn.Module, salt: str = "") -> str:
     """Twelve hex digits of SHA-256 over a module's weights (names, shapes, dtypes, bytes) and `salt`."""
+    return _digest(module.state_dict(), salt)
+
+
+def _digest(state: dict[str, Tensor], salt: str) -> str:
     digest = hashlib.sha256(salt.encode())
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
@@ -208,28 +293,52 @@ def decayed(named: list[tuple[str, nn.Parameter]], lr: float, weight_decay: floa
     ]
 
 
-def _check(name: str, config: Any, masked_lm: bool) -> None:
+_POSITIONS_FROM_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+"""Families whose first position is `pad_token_id + 1`, so that they read that much less than they have positions."""
+
+_OPTIONS: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+
+
+def _is_decoder(config: Any) -> bool:
+    return type(config) not in MODEL_FOR_MASKED_LM_MAPPING and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _width(config: Any) -> int:
+    """OPT may project its states to the width of its word embeddings."""
+    return getattr(config, "word_embed_proj_dim", config.hidden_size)
+
+
+def _loader(config: Any, head: bool) -> Any:
+    if not head:
+        return AutoModel
+    return AutoModelForCausalLM if _is_decoder(config) else AutoModelForMaskedLM
+
+
+def _check(name: str, config: Any, head: bool) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"language model '{name}' is an encoder-decoder ({config.model_type}); take an encoder")
-    if masked_lm and type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+    if head and not _is_decoder(config) and type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(
-            f"language model '{name}' ({config.model_type}) predicts no masked words. Domain-adaptive pre-training "
-            "needs an encoder such as sentence-transformers/all-MiniLM-L6-v2; --pretrain.epochs 0 leaves it out"
+            f"language model '{name}' ({config.model_type}) predicts no words. Take an encoder such as "
+            "sentence-transformers/all-MiniLM-L6-v2, or a decoder; --pretrain.mlm-weight 0 leaves that loss out, and "
+            "--pretrain.epochs 0 all of domain-adaptive pre-training"
         )
 
 
-def _weights(name: str, folder: str, config: Any, masked_lm: bool) -> tuple[nn.Module, frozenset[str]]:
-    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    if masked_lm:
-        model, report = AutoModelForMaskedLM.from_pretrained(folder, **options)
+def _weights(name: str, folder: str, config: Any, head: bool) -> tuple[nn.Module, frozenset[str]]:
+    options = dict(_OPTIONS)
+    if not head and "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters:
+        options["add_pooling_layer"] = False
+    model, report = _loader(config, head).from_pretrained(folder, **options)
+    if head:
         prefix = model.base_model_prefix + "."
         lost = [key for key in report["missing_keys"] if key.startswith(prefix)]
-        if _head(model) is None:
-            raise UserError(f"language model '{name}': the masked-word head of {config.model_type} is not supported")
+        if not _head_agrees(model):
+            raise UserError(
+                f"language model '{name}': the head of {config.model_type} is not supported; --pretrain.mlm-weight 0 "
+                "goes without it"
+            )
     else:
-        if "add_pooling_layer" in inspect.signature(MODEL_MAPPING[type(config)].__init__).parameters:
-            options["add_pooling_layer"] = False
-        model, report = AutoModel.from_pretrained(folder, **options)
         lost = [key for key in report["missing_keys"] if "pooler" not in key]
     if lost:
         raise UserError(
@@ -239,11 +348,21 @@ def _weights(name: str, folder: str, config: Any, masked_lm: bool) -> tuple[nn.M
     return model, frozenset(dict(model.named_parameters())) & set(report["missing_keys"])
 
 
+@torch.no_grad()
+def _head_agrees(model: nn.Module) -> bool:
+    """Whether `_head`, applied to the states, gives the family's own logits (some scale or cap them)."""
+    head, ids = _head(model), torch.zeros(1, 2, dtype=torch.int64)
+    states = model.base_model(input_ids=ids).last_hidden_state
+    return head is not None and torch.allclose(head(states), model(input_ids=ids).logits, rtol=1e-3, atol=1e-4)
+
+
 def _head(model: nn.Module) -> Any:
-    """The function [M, width] -> [M, V] of a masked-word model, None where its family is not known here."""
+    """The function [M, width] -> [M, V] of a model that predicts words, None where its family is not known here."""
     for name in ("cls", "lm_head", "predictions"):
         if hasattr(model, name):
             return getattr(model, name)
+    if hasattr(model, "lm_predictions"):
+        return lambda hidden: model.lm_predictions(hidden, model.get_input_embeddings())
     if hasattr(model, "vocab_projector"):
         return lambda hidden: model.vocab_projector(
             model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
@@ -254,11 +373,23 @@ def _head(model: nn.Module) -> Any:
 
 
 def _pooling(pooling: str, folder: str, config: Any) -> str:
-    if pooling != "auto":
-        if pooling not in POOLINGS:
-            raise UserError(f"pooling: unknown '{pooling}'; {nearest(pooling, (*POOLINGS, 'auto'))}")
-        return pooling
-    path = Path(folder) / "1_Pooling" / "config.json"
+    if pooling == "auto":
+        pooling = _own_pooling(Path(folder), config)
+    elif pooling not in POOLINGS:
+        raise UserError(f"pooling: unknown '{pooling}'; {nearest(pooling, (*POOLINGS, 'auto'))}")
+    if pooling in _BESIDE_LAST and _width(config) != config.hidden_size:
+        raise UserError(
+            f"pooling: not '{pooling}' for this model, whose last states ({_width(config)}) are not as wide as those "
+            f"of its layers ({config.hidden_size})"
+        )
+    return pooling
+
+
+def _own_pooling(folder: Path, config: Any) -> str:
+    """What the folder says of the pooling, else the family's."""
+    note, path = folder / POOLING_NOTE, folder / "1_Pooling" / "config.json"
+    if note.exists():
+        return json.loads(note.read_text())["pooling"]
     if path.exists():
         content = json.loads(path.read_text())
         found = content.get("pooling_mode") or [
@@ -271,4 +402,4 @@ def _pooling(pooling: str, folder: str, config: Any) -> str:
         if len(found) != 1 or found[0] not in known:
             raise UserError(f"{path}: pooling {found} is not supported; set pooling to {', '.join(POOLINGS)}")
         return known[found[0]]
-    return "cls" if type(config) in MODEL_FOR_MASKED_LM_MAPPING else "last"
+    return "last" if _is_decoder(config) else getattr(config, "classifier_pooling", "cls")

@@ -1,8 +1,8 @@
 """Stages of the language model: domain-adaptive pre-training, item alignment, encoding."""
 
 import datetime as dt
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ import torch
 
 from ctrdist.batch import Lookup
 from ctrdist.config import to_dict
+from ctrdist.draws import held_out
+from ctrdist.errors import UserError
 from ctrdist.export import load_click_model
-from ctrdist.items import ItemTexts, Ragged, item_batches
+from ctrdist.items import ItemTexts, Ragged, item_batches, most_popular
 from ctrdist.language import source
 from ctrdist.language.encoder import HEAD, TextEncoder
-from ctrdist.language.model import LanguageModel, load_tokenizer
+from ctrdist.language.lora import LoraConfig
+from ctrdist.language.model import LanguageModel, draws_head, load_tokenizer
 from ctrdist.language.tokens import TokenBatch, tokenize
 from ctrdist.loop import LoopConfig
 from ctrdist.optim import Precision
@@ -36,13 +39,26 @@ class LanguageModelConfig:
 
     Args:
         name: a Hugging Face name or a local folder.
-        pooling: `mean`, `cls` or `last`; `auto` takes the model's own, else `cls` for encoders and `last` for decoders.
+        pooling: `cls`, `mean`, `last`, `first-last` or `top-2`; `auto` takes the model's own, else `cls` for encoders
+            and `last` for decoders.
         precision: `auto` trains in bfloat16 where the chip computes in it.
+        gradient_checkpointing: keep each layer's input only and compute the rest again in the backward pass: memory of
+            about one layer, for one more forward pass.
+        lora: low-rank adapters in place of training all weights; the default for decoders.
     """
 
     name: str = "sentence-transformers/all-MiniLM-L6-v2"
     pooling: str = "auto"
     precision: Precision = "auto"
+    gradient_checkpointing: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def prepare(self, model: LanguageModel) -> LanguageModel:
+        """The model, ready to be trained as the options say."""
+        model.adapt(self.lora)
+        if self.gradient_checkpointing:
+            model.checkpoint_layers()
+        return model
 
 
 def pretraining_due(day: Day, lm: LanguageModelConfig, config: PretrainConfig) -> bool:
@@ -55,7 +71,7 @@ def pretraining_due(day: Day, lm: LanguageModelConfig, config: PretrainConfig) -
 
 
 def pretrain(day: Day, read: Read, lm: LanguageModelConfig, config: PretrainConfig) -> Manifest:
-    """DAP: masked words and SimCSE over all items' texts, when it is due; else the last one's language model."""
+    """DAP: words and SimCSE over all items' texts, when it is due; else the last one's language model."""
     if not pretraining_due(day, lm, config):
         manifest = day.earlier("dap")
         say(f"dap        not due: last on {manifest.facts['date']}, every {config.every_days} days")
@@ -73,31 +89,21 @@ def pretrain(day: Day, read: Read, lm: LanguageModelConfig, config: PretrainConf
             with day.state.create(name, inputs, facts) as folder:
                 LanguageModel.load(lm.name, lm.pooling).save(folder)
             return day.state.find(name)
+        if config.mlm_weight and draws_head(lm.name):
+            say(f"dap        {lm.name} has no head that predicts words: a new one is drawn (pretrain.head_lr)")
         training = _text_training(
             day,
             name,
             inputs,
             items,
-            config.batch_size,
+            config,
             config.epochs,
-            config.warmup,
             lm.precision,
             metrics_file,
+            partial(_text_batches, day.state.uri, read.output.name, lm.name, False),
             task=partial(_pretrain_task, lm, config, day.options.seed),
             save=_save_language_model,
-            batches=partial(
-                _text_batches,
-                day.state.uri,
-                read.output.name,
-                lm.name,
-                False,
-                items,
-                config.batch_size,
-                config.max_length,
-                day.options.seed,
-                config.epochs,
-            ),
-            facts={"rows": len(items), "date": str(day.date), "lm": to_dict(lm)},
+            facts={"date": str(day.date), "lm": to_dict(lm)},
         )
         return train(training, day.plan)
 
@@ -111,22 +117,29 @@ def align(
     lm: Manifest,
     model: Manifest,
     config: AlignConfig,
-    precision: Precision,
+    options: LanguageModelConfig,
     warm: bool = False,
 ) -> Manifest:
     """ROMA: the language model towards a click model's frozen item embeddings, over items with training rows.
 
+    With no epochs it is left out, and `lm` is returned.
+
     Args:
         lm: output with the language model to start from, and its head if there is one.
         model: output of the click model to align to.
+        options: how the language model is trained.
         warm: take `warm_epochs` passes instead of `epochs`.
     """
+    epochs = config.warm_epochs if warm and config.epochs else config.epochs
+    if not epochs:
+        say(f"{stage:10} left out: no epochs of alignment")
+        return lm
     items = _items_with_text(day, read)
-    items = items[read.counts[items] > 0]
-    epochs = config.warm_epochs if warm else config.epochs
+    items = most_popular(items[read.counts[items] > 0], read.counts, config.popular_share)
     inputs = fingerprint(
-        read.output.identity, lm.identity, model.identity, to_dict(config), precision, epochs, day.options.seed
+        read.output.identity, lm.identity, model.identity, to_dict(config), to_dict(options), epochs, day.options.seed
     )
+    counts = read.counts if config.popularity_power else None
 
     def make(name: str, inputs: str, metrics_file: str | None) -> Manifest:
         training = _text_training(
@@ -134,26 +147,24 @@ def align(
             name,
             inputs,
             items,
-            config.batch_size,
+            config,
             epochs,
-            config.warmup,
-            precision,
+            options.precision,
             metrics_file,
-            task=partial(_align_task, day.state.uri, read.output.name, lm.name, model.name, config, day.options.seed),
-            save=_save_encoder,
-            batches=partial(
-                _text_batches,
+            partial(_text_batches, day.state.uri, read.output.name, lm.name, True),
+            task=partial(
+                _align_task,
                 day.state.uri,
                 read.output.name,
                 lm.name,
-                True,
-                items,
-                config.batch_size,
-                config.max_length,
+                model.name,
+                config,
+                options,
+                counts,
                 day.options.seed,
-                epochs,
             ),
-            facts={"rows": len(items), "items": len(items)},
+            save=_save_encoder,
+            facts={"items": len(items)},
         )
         return train(training, day.plan)
 
@@ -165,24 +176,47 @@ def _text_training(
     name: str,
     inputs: str,
     items: np.ndarray,
-    batch: int,
+    config: PretrainConfig | AlignConfig,
     epochs: int,
-    warmup: float,
     precision: Precision,
     metrics_file: str | None,
+    batches: Callable[..., Iterator[TokenBatch]],
+    facts: dict[str, Any],
     **parts: Any,
 ) -> Training:
+    """A training on items' texts, with some of them held out where `config` says so."""
+    seed, batch = day.options.seed, config.batch_size
+    held = held_out(items, config.valid_share, seed)
+    if config.valid_share and not (held.any() and not held.all()):
+        raise UserError(
+            f"{name}: valid_share {config.valid_share}: {held.sum()} of {len(items)} items are held out, which leaves "
+            "nothing to train or to validate on; choose another share"
+        )
     loop = LoopConfig(
-        steps_per_epoch=-(-len(items) // batch),
+        steps_per_epoch=-(-int((~held).sum()) // batch),
         epochs=epochs,
+        patience=config.patience,
         schedule="linear",
-        warmup=warmup,
-        clip_norm=1.0,
+        warmup=config.warmup,
+        clip_norm=config.clip_norm,
         precision=precision,
-        seed=day.options.seed,
+        seed=seed,
     )
+
+    def passes(of: np.ndarray, count: int) -> Callable[[int, int, int], Iterator[TokenBatch]]:
+        return partial(batches, of, batch, config.max_length, seed, count)
+
     return Training(
-        state=day.state.uri, output=name, inputs=inputs, loop=loop, batch_size=batch, metrics=metrics_file, **parts
+        state=day.state.uri,
+        output=name,
+        inputs=inputs,
+        loop=loop,
+        batch_size=batch,
+        metrics=metrics_file,
+        batches=passes(items[~held], epochs),
+        valid_batches=passes(items[held], 1) if held.any() else None,
+        facts={"rows": int((~held).sum())} | facts,
+        **parts,
     )
 
 
@@ -221,21 +255,34 @@ def _text_batches(
 
 def _pretrain_task(lm: LanguageModelConfig, config: PretrainConfig, seed: int) -> DomainAdaptivePretraining:
     torch.manual_seed(seed)
-    return DomainAdaptivePretraining(LanguageModel.load(lm.name, lm.pooling, masked_lm=True), config, seed)
+    model = lm.prepare(LanguageModel.load(lm.name, lm.pooling, head=config.mlm_weight > 0))
+    return DomainAdaptivePretraining(model, config, seed)
 
 
-def _align_task(state: str, read: str, lm: str, model: str, config: AlignConfig, seed: int) -> ItemAlignment:
+def _align_task(
+    state: str,
+    read: str,
+    lm: str,
+    model: str,
+    config: AlignConfig,
+    options: LanguageModelConfig,
+    counts: np.ndarray | None,
+    seed: int,
+) -> ItemAlignment:
     store = State(state)
     torch.manual_seed(seed)
     targets = item_embeddings(store, read, model)
-    folder = store.local(lm)
+    folder, encoder = store.local(lm), None
     if (folder / HEAD).exists():
         encoder = TextEncoder.load(folder)
-        if encoder.widths == (*config.head_hidden, targets.shape[1]):
-            return ItemAlignment(encoder, targets, config)
-    return ItemAlignment(
-        TextEncoder(LanguageModel.load(str(folder)), targets.shape[1], config.head_hidden), targets, config
-    )
+    if encoder is None or (encoder.widths, encoder.norm) != ((*config.head_hidden, targets.shape[1]), config.head_norm):
+        encoder = TextEncoder(
+            LanguageModel.load(str(folder)), targets.shape[1], config.head_hidden, norm=config.head_norm
+        )
+    encoder.into_table = config.freeze_language_model  # or the table would be as if nothing had been aligned
+    if not config.freeze_language_model:
+        options.prepare(encoder.language_model)
+    return ItemAlignment(encoder, targets, config, None if counts is None else torch.from_numpy(counts))
 
 
 def item_embeddings(state: State, read: str, model: str, block: int = 65536) -> torch.Tensor:

@@ -15,6 +15,7 @@ from ctrdist.items import (
     grow_catalog_ids,
     grow_item_vocabularies,
     item_batches,
+    most_popular,
     read_items,
     with_items_that_left,
 )
@@ -254,3 +255,12 @@ def test_items_that_left_stay_for_as_long_as_the_window():
     today = pa.table({"item_id": ["c", "d"], "title": ["C", "D"]})
     found = with_items_that_left(today, before, known, since=2)
     assert found.to_pylist() == [{"item_id": i, "title": i.upper()} for i in "cdb"]
+
+
+def test_most_popular_items():
+    counts = np.array([0, 0, 5, 1, 9, 5, 2])
+    items = np.array([6, 2, 3, 4, 5])
+    assert most_popular(items, counts, 1.0).tolist() == items.tolist()
+    assert most_popular(items, counts, 0.6).tolist() == [2, 4, 5]
+    assert most_popular(items, counts, 0.4).tolist() == [2, 4]
+    assert most_popular(items, counts, 0.01).tolist() == [4]

@@ -315,6 +315,55 @@ def test_patience_ends_the_run_and_keeps_the_best_epoch(aucs: list, patience: in
     assert task.weight.item() == task.seen[best - 1]
 
 
+class Judged(Line):
+    """Judged by its loss: the mean of a batch's values, or in training a constant."""
+
+    predict = Task.predict
+
+    def forward(self, batch: Tensor) -> dict[str, Tensor]:
+        value = self.group.all_reduce(batch.sum()) / max(1, self.group.all_reduce(torch.tensor(float(len(batch)))))
+        return super().forward(batch) if self.training else {"loss": value, "other": value + 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "best", "ended"),
+    [
+        ([5.0, 1.0, 3.0, 2.0, 1.0, 1.0], 2, 2, 4),
+        ([5.0, 1.0, 3.0, 2.0, 0.5, 1.0], 3, 5, 6),
+        ([5.0, 1.0, 3.0, 2.0, 1.0, 7.0], 0, 6, 6),
+        ([NAN, 1.0, NAN, 2.0, 1.0, 7.0], 2, 2, 4),
+    ],
+)
+def test_a_task_that_predicts_nothing_is_judged_by_its_loss(values: list, patience: int, best: int, ended: int):
+    task, weights, left, records = Judged(), [], iter(values), []
+    task.group = Group()
+
+    def valid() -> Iterator[Tensor]:
+        weights.append(task.weight.item())
+        value = next(left)
+        return iter([torch.full((3,), value + 1), torch.zeros(0), torch.full((1,), value - 3)])
+
+    progress = fit(task, steps_from, LoopConfig(3, epochs=6, patience=patience), valid=valid, record=records.append)
+    assert (progress.best_epoch, progress.step, progress.finished) == (best, 3 * ended, True)
+    assert progress.best_loss == values[best - 1] and task.weight.item() == weights[best - 1]
+    np.testing.assert_allclose(progress.valid_loss, [[i + 1, value] for i, value in enumerate(values[:ended])])
+    assert [r["valid_loss"] for r in records if "valid_loss" in r] == pytest.approx(values[:ended], nan_ok=True)
+    assert math.isnan(progress.best_auc) and not progress.valid_auc
+
+
+def shared_loss(group: Group) -> list[list[float]]:
+    task = Judged()
+    task.group = Group()
+    parts = [[torch.tensor([4.0, 1.0]), torch.tensor([7.0])], [torch.tensor([1.0]), torch.zeros(0)]]
+    mine = parts[group.rank] if group.size > 1 else [torch.cat(both) for both in zip(*parts, strict=True)]
+    return fit(task, steps_from, LoopConfig(2, epochs=2), group=group, valid=lambda: iter(mine)).valid_loss
+
+
+def test_the_validation_loss_is_over_all_rows_of_all_workers(two_workers):
+    expected = [[1, 13 / 4], [2, 13 / 4]]
+    assert shared_loss(Group()) == expected and two_workers(shared_loss) == [expected, expected]
+
+
 def test_without_validation_the_last_weights_are_kept():
     task = Line()
     progress = fit(task, steps_from, LoopConfig(3, epochs=2))

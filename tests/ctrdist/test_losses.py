@@ -57,10 +57,10 @@ def test_info_nce_is_equation_10(similarity: str):
     assert both.item() == pytest.approx(one_way(query, key) + one_way(key, query), abs=1e-12)
 
 
-def test_masked_language_model_is_the_mean_of_equation_4():
+def test_language_model_total_is_equation_4():
     logits, targets = rows(4, 5), torch.tensor([0, 4, 2, 2])
     total = -sum(math.log(torch.softmax(row, 0)[t].item()) for row, t in zip(logits, targets, strict=True))
-    assert losses.masked_language_model(logits, targets).item() == pytest.approx(total / 4, abs=1e-12)
+    assert losses.language_model_total(logits, targets).item() == pytest.approx(total, abs=1e-12)
 
 
 def test_half_precision_is_summed_in_float32():
@@ -70,7 +70,7 @@ def test_half_precision_is_summed_in_float32():
 
 def test_nothing_at_all_gives_zero_and_zero_gradients():
     logits = torch.zeros(0, 5, requires_grad=True)
-    loss = losses.masked_language_model(logits, torch.zeros(0, dtype=torch.int64))
+    loss = losses.global_mean(losses.language_model_total(logits, torch.zeros(0, dtype=torch.int64)), 0)
     loss.backward()
     assert loss.item() == 0 and logits.grad is not None
 
@@ -82,22 +82,44 @@ def test_user_errors():
         losses.info_nce(torch.ones(2, 3), torch.ones(2, 3), 0)
 
 
+WEIGHTS = torch.tensor([3.0, 0.1, 0.0, 1.0, 0.5, 2.0, 0.01], dtype=torch.float64)
+
+
+def test_weights_count_each_row_over_their_sum():
+    query, key = rows(7, 4), rows(7, 4, seed=1)
+    own = torch.log_softmax(query @ key.T / 0.5, 1).diagonal()
+    expected = -(WEIGHTS * own).sum() / WEIGHTS.sum()
+    torch.testing.assert_close(losses.info_nce(query, key, 0.5, weight=WEIGHTS), expected)
+    torch.testing.assert_close(losses.info_nce(query, key, 0.5, weight=WEIGHTS / 1000), expected)
+    torch.testing.assert_close(losses.info_nce(query, key, 0.5, weight=torch.full((7,), 9)),
+                               losses.info_nce(query, key, 0.5))  # fmt: skip
+    assert losses.info_nce(query, key, 0.5, weight=torch.zeros(7)) == 0
+
+
+def local_loss(group: Group, split: list[int]) -> Tensor:
+    start = sum(split[: group.rank])
+    mine = slice(start, start + split[group.rank])
+    return losses.info_nce(rows(7, 4)[mine], rows(7, 4, seed=1)[mine], 0.5, group, negatives="local")
+
+
 def all_losses(group: Group, split: list[int]) -> dict[str, list[Tensor]]:
     """Each loss and its gradient with respect to one shared matrix, from this worker's part of seven rows."""
     start = sum(split[: group.rank])
     mine = slice(start, start + split[group.rank]) if group.size > 1 else slice(None)
     out = {}
-    for name in ("bce", "dot", "cosine", "symmetric", "frozen", "mlm"):
+    for name in ("bce", "dot", "cosine", "symmetric", "frozen", "weighted", "mlm"):
         weight = rows(4, 4, seed=2).requires_grad_()
         query, key = rows(7, 4)[mine] @ weight, torch.tanh(rows(7, 4, seed=1)[mine] @ weight)
         if name == "bce":
             loss = losses.binary_cross_entropy(query[:, 0], torch.arange(7)[mine] % 2, group)
         elif name == "mlm":
-            loss = losses.masked_language_model(query, torch.arange(7)[mine] % 4, group)
+            loss = losses.global_mean(losses.language_model_total(query, torch.arange(7)[mine] % 4), len(query), group)
         elif name == "symmetric":
             loss = losses.symmetric_info_nce(query, key, 0.5, group)
         elif name == "frozen":
             loss = losses.symmetric_info_nce(query, key.detach(), 0.5, group, "cosine")
+        elif name == "weighted":
+            loss = losses.symmetric_info_nce(query, key, 0.5, group, "dot", WEIGHTS[mine])
         else:
             loss = losses.info_nce(query, key, 0.5, group, name)
         loss.backward()
@@ -106,13 +128,17 @@ def all_losses(group: Group, split: list[int]) -> dict[str, list[Tensor]]:
 
 
 def every_split(group: Group, splits: list[list[int]]) -> list[dict[str, list[Tensor]]]:
-    return [all_losses(group, split) for split in splits]
+    return [all_losses(group, split) | {"local": [local_loss(group, split)]} for split in splits]
 
 
 def test_two_workers_have_the_loss_and_the_mean_gradient_of_one(two_workers):
     alone = all_losses(Group(), [])
     first, second = two_workers(every_split, SPLITS)
     for split, one, other in zip(SPLITS, first, second, strict=True):
+        total = sum(torch.log_softmax(query @ key.T / 0.5, 1).diagonal().sum() for query, key in
+                    zip(rows(7, 4).split(split), rows(7, 4, seed=1).split(split), strict=True))  # fmt: skip
+        assert torch.equal(one["local"][0], other["local"][0])
+        torch.testing.assert_close(one["local"][0], -total / 7)
         for name, (loss, gradient) in alone.items():
             assert torch.equal(one[name][0], other[name][0]), (split, name)
             torch.testing.assert_close(one[name][0], loss, rtol=1e-12, atol=0)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from ctrdist.errors import UserError
 from ctrdist.language import source
 from ctrdist.language.encoder import TextEncoder
-from ctrdist.language.model import LanguageModel, fingerprint
+from ctrdist.language.model import LanguageModel, check_model, draws_head, fingerprint
 from ctrdist.language.tokens import tokenize
 
 MINILM = pytest.mark.skipif(
@@ -24,40 +25,20 @@ def tokens(model: LanguageModel):
     return tokenize(model.tokenizer, TEXTS, range(len(TEXTS)), max_length=16)
 
 
-def gpt2(folder: Path, tiny_lm: Path) -> Path:
-    from transformers import AutoTokenizer, GPT2Config, GPT2Model
-
-    GPT2Model(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_pooling_is_that_of_the_real_tokens(tiny_lm: Path, pooling: str):
     model = LanguageModel.load(str(tiny_lm), pooling).eval()
     batch = tokens(model)
     pooled = model(batch.input_ids, batch.attention_mask)
-    hidden = model.hidden(batch.input_ids, batch.attention_mask)
+    hidden, _ = model.states(batch.input_ids, batch.attention_mask)
     assert pooled.shape == (4, 16) == (4, model.width) and hidden.shape == (*batch.input_ids.shape, 16)
     for row, states, length in zip(pooled, hidden, batch.attention_mask.sum(1).tolist(), strict=True):
         real = states[:length]
         torch.testing.assert_close(row, {"cls": real[0], "mean": real.mean(0), "last": real[-1]}[pooling])
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_padding_changes_no_vector(tiny_lm: Path, tmp_path: Path, pooling: str, family: str):
-    model = LanguageModel.load(str(tiny_lm if family == "bert" else gpt2(tmp_path, tiny_lm)), pooling).eval()
-    batch = tokens(model)
-    together = model(batch.input_ids, batch.attention_mask)
-    for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
-        alone = model(batch.input_ids[row : row + 1, :length], batch.attention_mask[row : row + 1, :length])
-        torch.testing.assert_close(alone[0], together[row], rtol=1e-4, atol=1e-5)
-
-
 def test_auto_pooling(tiny_lm: Path, tmp_path: Path):
     assert LanguageModel.load(str(tiny_lm)).pooling == "cls"
-    assert LanguageModel.load(str(gpt2(tmp_path / "gpt2", tiny_lm))).pooling == "last"
     folder = tmp_path / "st"
     shutil.copytree(tiny_lm, folder)
     (folder / "1_Pooling").mkdir()
@@ -92,7 +73,7 @@ def test_saved_and_loaded_alike(tiny_lm: Path, tmp_path: Path):
 def test_the_masked_word_head_is_seeded_tied_and_saved(tiny_lm: Path, tmp_path: Path):
     def load() -> LanguageModel:
         torch.manual_seed(5)
-        return LanguageModel.load(str(tiny_lm), masked_lm=True).eval()
+        return LanguageModel.load(str(tiny_lm), head=True).eval()
 
     model, twin = load(), load()
     hidden = torch.randn(3, 16)
@@ -101,7 +82,7 @@ def test_the_masked_word_head_is_seeded_tied_and_saved(tiny_lm: Path, tmp_path: 
     assert model.model.cls.predictions.decoder.weight is model.base.get_input_embeddings().weight
     assert model.token_logits(hidden[:0]).shape == (0, model.vocabulary_size)
     model.save(tmp_path)
-    assert torch.equal(LanguageModel.load(str(tmp_path), masked_lm=True).eval().token_logits(hidden), logits)
+    assert torch.equal(LanguageModel.load(str(tmp_path), head=True).eval().token_logits(hidden), logits)
     bare = LanguageModel.load(str(tmp_path)).eval()
     assert not bare.has_head and bare.fingerprint() == model.fingerprint()
     batch = tokens(model)
@@ -123,45 +104,45 @@ def test_heads_of_other_families(tiny_lm: Path, tmp_path: Path):
         full = getattr(hf, f"{family}ForMaskedLM")(getattr(hf, f"{family}Config")(**options)).eval()
         full.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        model = LanguageModel.load(str(folder), masked_lm=True).eval()
+        model = LanguageModel.load(str(folder), head=True).eval()
         batch = tokens(model)
         inputs = batch.input_ids, batch.attention_mask
         expected = full(*inputs).logits
-        found = model.token_logits(model.hidden(*inputs).flatten(0, 1)).view(expected.shape)
+        found = model.token_logits(model.states(*inputs)[0].flatten(0, 1)).view(expected.shape)
         real = batch.attention_mask.bool()
         torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5, msg=family)
 
 
-@pytest.mark.parametrize("masked_lm", [False, True])
-def test_every_parameter_that_is_named_gets_a_gradient(tiny_lm: Path, masked_lm: bool):
-    model = LanguageModel.load(str(tiny_lm), masked_lm=masked_lm)
+@pytest.mark.parametrize("head", [False, True])
+def test_every_parameter_that_is_named_gets_a_gradient(tiny_lm: Path, head: bool):
+    model = LanguageModel.load(str(tiny_lm), head=head)
     batch = tokens(model)
     for rows in (4, 0):
         model.zero_grad()
-        hidden = model.hidden(batch.input_ids[:rows], batch.attention_mask[:rows])
-        loss = model.pool(hidden, batch.attention_mask[:rows]).sum()
-        if masked_lm:
-            loss = loss + model.token_logits(hidden.flatten(0, 1)).sum()
+        last, states = model.states(batch.input_ids[:rows], batch.attention_mask[:rows])
+        loss = model.pool(states, batch.attention_mask[:rows]).sum()
+        if head:
+            loss = loss + model.token_logits(last.flatten(0, 1)).sum()
         loss.backward()
         groups = model.parameter_groups(1e-3, 0.1)
         named = [p for group in groups for p in group["params"]]
         assert len({id(p) for p in named}) == len(named) == len(list(model.parameters()))
         assert all(p.grad is not None and p.grad.isfinite().all() for p in named)
         assert rows or not any(p.grad.any() for p in named)
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0] * (1 + masked_lm)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0] * (1 + head)
     undecayed = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in undecayed) == (name.endswith("bias") or "LayerNorm" in name), name
 
 
 def test_a_head_that_was_drawn_has_a_learning_rate_of_its_own(tiny_lm: Path, tmp_path: Path):
-    model = LanguageModel.load(str(tiny_lm), masked_lm=True)
+    model = LanguageModel.load(str(tiny_lm), head=True)
     rates = {id(p): g["lr"] for g in model.parameter_groups(1e-6, 0.1, drawn_lr=1e-3) for p in g["params"]}
     base = {id(p) for p in model.base.parameters()}
     assert all(rate == (1e-6 if key in base else 1e-3) for key, rate in rates.items()) and len(rates) > len(base)
     model.save(tmp_path)
-    trained = LanguageModel.load(str(tmp_path), masked_lm=True)
-    assert not trained.drawn
+    trained = LanguageModel.load(str(tmp_path), head=True)
+    assert not trained.drawn and draws_head(str(tiny_lm)) and not draws_head(str(tmp_path))
     assert {g["lr"] for g in trained.parameter_groups(1e-6, 0.1, drawn_lr=1e-3)} == {1e-6}
 
 
@@ -177,7 +158,7 @@ def test_fingerprint_sees_one_weight_and_the_pooling(tiny_lm: Path):
 
 
 def test_loading_and_saving_are_silent(tiny_lm: Path, tmp_path: Path, capfd, caplog):
-    LanguageModel.load(str(tiny_lm), masked_lm=True).save(tmp_path)
+    LanguageModel.load(str(tiny_lm), head=True).save(tmp_path)
     printed = capfd.readouterr()
     assert printed.out == printed.err == "" and not caplog.records
 
@@ -205,8 +186,11 @@ def test_a_missing_model_says_what_was_tried(monkeypatch, tmp_path: Path):
 
 
 def test_broken_and_unfit_models(tiny_lm: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="gpt2.*predicts no masked words"):
-        LanguageModel.load(str(gpt2(tmp_path / "gpt2", tiny_lm)), masked_lm=True)
+    wordless = tmp_path / "wordless"
+    CLIPTextModel(CLIPTextConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                 intermediate_size=16)).save_pretrained(wordless)  # fmt: skip
+    with pytest.raises(UserError, match="clip_text_model.*predicts no words.*--pretrain.mlm-weight 0"):
+        check_model(str(wordless), head=True)
     with pytest.raises(UserError, match="pooling: unknown 'maen'; did you mean 'mean'"):
         LanguageModel.load(str(tiny_lm), "maen")
     broken = tmp_path / "broken"
@@ -214,9 +198,9 @@ def test_broken_and_unfit_models(tiny_lm: Path, tmp_path: Path):
     weights = load_file(broken / "model.safetensors")
     del weights["embeddings.word_embeddings.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    for masked_lm in (False, True):
+    for head in (False, True):
         with pytest.raises(UserError, match="lacks 1 weights of bert, such as '.*word_embeddings"):
-            LanguageModel.load(str(broken), masked_lm=masked_lm)
+            LanguageModel.load(str(broken), head=head)
     (broken / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         LanguageModel.load(str(broken))
