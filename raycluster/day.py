@@ -227,11 +227,7 @@ def open_day(options: DayOptions) -> Day:
         value = getattr(options, name)
         if not value:
             raise UserError(f"--{name} is missing; give it on the command line or in ctr.yaml")
-        if cluster.in_submitted_job() and "://" not in value and not Path(value).is_absolute():
-            raise UserError(
-                f"--{name} {value}: a submitted job runs in a copy of its working folder that is thrown away "
-                "afterwards, so a relative path would lose its files; give an absolute path or a URI"
-            )
+        cluster.check_path(f"--{name}", value)
     for name in ("expire_days", "keep_releases"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: 0 or more")
