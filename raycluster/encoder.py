@@ -21,7 +21,7 @@ from ctrdist.storage import Manifest, State
 from ctrdist.text_table import create_text_table, load_text_hashes, load_text_table, seal_text_table
 from ctrdist.text_vectors import TextVectors
 from ctrdist.vocabulary import Vocabulary
-from raycluster.cluster import Plan
+from raycluster.cluster import Plan, user_error
 from raycluster.tokens import Work, tokenised
 
 
@@ -126,5 +126,8 @@ def _encode(
             },
         )
     )
-    for row in encoded.iter_rows():
-        yield int(row["items"]), row["device"]
+    try:
+        for row in encoded.iter_rows():
+            yield int(row["items"]), row["device"]
+    except ray.exceptions.RayError as error:
+        raise user_error(error) or error from None

@@ -49,7 +49,11 @@ def test_checksums_are_those_of_the_chunks(folder):
 
 @pytest.mark.parametrize(
     ("expected", "said"),
-    [({"rows": 6}, "rows 5, expected 6"), ({"catalog": "d"}, "catalog c, expected d"), ({"model": "n"}, "model m, exp")],
+    [
+        ({"rows": 6}, "rows 5, expected 6"),
+        ({"catalog": "d"}, "catalog c, expected d"),
+        ({"model": "n"}, "model m, exp"),
+    ],
 )
 def test_another_table_than_expected_is_refused(folder, expected, said):
     with pytest.raises(UserError, match=f"{TABLE}: .*{said}.*encode the items again"):
