@@ -75,7 +75,8 @@ def run(options: EncodeOptions) -> None:
     """From the items to the table, and a summary."""
     options.check()
     cluster.connect()
-    state, model = State(options.out), Source(options.lm, pooling=options.pooling)
+    state, lm = State(cluster.absolute(options.out)), options.lm
+    model = Source(cluster.absolute(lm) if Path(lm).is_dir() else lm, pooling=options.pooling)
     items = write_items(state, options)
     inputs, before = fingerprint(items.identity, model.fingerprint(options.encode)), state.find(TABLE)
     if before is not None and before.inputs == inputs:

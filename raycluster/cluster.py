@@ -159,6 +159,11 @@ def check_path(option: str, value: str) -> None:
         )
 
 
+def absolute(path: str) -> str:
+    """A path as all processes understand it, wherever they run; a URI stays as it is."""
+    return path if "://" in path else os.path.abspath(path)
+
+
 class PeakMemory:
     """The largest memory of this process and of Ray's processes on this machine, sampled in a thread.
 

@@ -236,7 +236,7 @@ def open_day(options: DayOptions) -> Day:
             f"--expire-days {options.expire_days}: no row can be given again while every release is kept; give "
             "--keep-releases too"
         )
-    data, state = _absolute(options.data), State(_absolute(options.state))
+    data, state = cluster.absolute(options.data), State(cluster.absolute(options.state))
     if "://" not in data and not Path(data).is_dir():
         raise UserError(f"--data {data}: no such folder; make it with jobs/prepare.py")
     schema = Schema.load(f"{data}/schema.yaml")
@@ -318,7 +318,3 @@ class Progress:
             left = (total - done) * (now - self.began) / max(1, done)
             speed = f"{done / (now - self.began):,.1f} {self.things}/s"
             say(f"{self.stage:10} {done:,} of {total:,} {self.things}, {speed}, {left:.0f} s left")
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).absolute())

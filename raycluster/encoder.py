@@ -52,14 +52,11 @@ def encode_items(
     items, item_texts = np.flatnonzero(np.load(source / "catalog" / "present.npy")), ItemTexts(source / "texts.arrow")
     if not len(items):
         raise UserError(f"{state.path(texts)}: no items to encode")
-    hashes, made_by, shards, copied = item_texts.hashes(items), model.fingerprint(config), f"{output}.shards", 0
-    known = TextVectors(hashes)
-    for table in [table for table in previous if table.facts.get("model") == made_by][:1]:
-        earlier = state.local(table.name)
-        copied = known.add(load_text_hashes(earlier), load_text_table(earlier, model=made_by))
+    hashes, made_by, shards = item_texts.hashes(items), model.fingerprint(config), f"{output}.shards"
+    known, devices = TextVectors(hashes), set()
+    copied = _add_table(known, state, previous, made_by)
     _add_shards(known, state, shards, made_by)
     missing = known.missing
-    devices = set()
     if len(missing):
         # The longest first: the last shards are small, and each one's texts of like length.
         missing = missing[np.argsort(-item_texts.lengths(items[missing]), kind="stable")]
@@ -85,6 +82,18 @@ def encode_items(
     return state.find(output, inputs)
 
 
+def _add_table(known: TextVectors, state: State, tables: Sequence[Manifest], made_by: str) -> int:
+    """Take in the first of the tables that is by the same model and not damaged; how many texts gain a vector."""
+    for table in tables:
+        if table.facts.get("model") == made_by:
+            try:
+                folder = state.local(table.name)
+                return known.add(load_text_hashes(folder), load_text_table(folder, model=made_by))
+            except UserError as error:
+                print(f"warning: {error}. It is left aside", flush=True)
+    return 0
+
+
 def _add_shards(known: TextVectors, state: State, folder: str, made_by: str) -> None:
     """Take in what this try and earlier ones have encoded with the same model."""
     for name in state.names(folder):
@@ -97,7 +106,7 @@ def _encode(
     work: Work, state: State, shards: str, model: Source, config: EncodeConfig, plan: Plan
 ) -> Iterator[tuple[int, str]]:
     """Encode texts into shards of the state; yields the number of texts and the device of each, as it is written."""
-    most = config.encoders or (int(plan.workers / config.gpu_share) if plan.gpus else plan.workers)
+    most = config.encoders or plan.workers * (int(1 / config.gpu_share) if plan.gpus else 1)
     size = config.shard_items or (16384 if plan.gpus else 1024)
     size = min(size, -(-len(work) // (4 * most)))  # some for each encoder, so that they end together
     count = -(-len(work) // size)

@@ -44,7 +44,7 @@ class EncodeConfig:
         precision: what is computed in; `auto` is bfloat16 where the chip computes in it, else float32.
         table: type of the numbers in the text table.
         encoders: processes that encode at most, where the cluster has room for them; 0 takes as many as train.
-        gpu_share: GPUs that each of them reserves, where there are any: 0.5 puts two on one GPU.
+        gpu_share: share of a GPU that each of them reserves, where there are GPUs: 0.5 puts two on one.
     """
 
     max_length: int = 128
@@ -59,8 +59,8 @@ class EncodeConfig:
         for name, least in (("max_length", 1), ("tokens_per_batch", 0), ("shard_items", 0), ("encoders", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"encode.{name}: {getattr(self, name)} is under {least}")
-        if not (0 < self.gpu_share < 1 or self.gpu_share >= 1 and self.gpu_share == int(self.gpu_share)):
-            raise UserError(f"encode.gpu_share: {self.gpu_share}; a share over 0 and under 1, or whole GPUs")
+        if not 0 < self.gpu_share <= 1:
+            raise UserError(f"encode.gpu_share: {self.gpu_share} is not over 0 and at most 1")
 
 
 @dataclass(frozen=True)

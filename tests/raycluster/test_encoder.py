@@ -17,7 +17,7 @@ from ctrdist.language.encode import EncodeConfig, Encoder, ShardEncoder, Source
 from ctrdist.language.tokenizer import tokens_to_arrow
 from ctrdist.schema import Field, Schema
 from ctrdist.storage import Manifest, State
-from ctrdist.text_table import load_text_hashes, load_text_table
+from ctrdist.text_table import TABLE, load_text_hashes, load_text_table
 from ctrdist.vocabulary import Vocabulary
 from raycluster import encoder
 from raycluster.cluster import Plan
@@ -106,6 +106,16 @@ def test_only_what_changed_is_encoded(run, tiny_lm, tmp_path):
     assert other.facts["copied"] == 0 and other.facts["model"] != made.facts["model"]
 
 
+def test_a_damaged_table_is_not_copied_from(run, tiny_lm, tmp_path, capsys):
+    state, texts = State(tmp_path), world(8)
+    ids = write(state, "texts", texts)
+    first, _ = run()
+    np.save(state.local("table") / TABLE, np.ones((10, 16), np.float32))
+    made, _ = run("table_2", previous=[first])
+    assert made.facts["copied"] == 0 and "checksum does not match" in capsys.readouterr().out
+    check(state, made, tiny_lm, texts, ids)
+
+
 def test_a_run_cut_off_leaves_no_gap_and_no_double(run, tiny_lm, tmp_path, monkeypatch):
     state, texts = State(tmp_path), world(60)
     ids = write(state, "texts", texts)
@@ -181,10 +191,10 @@ def test_what_an_actor_complains_of_reaches_the_user(run, tiny_lm, tmp_path):
 
 
 def test_fractions_of_logical_gpus(tiny_lm, tmp_path):
-    """Two GPUs that Ray counts but no chip is behind: four actors of half a GPU each."""
+    """A GPU that Ray counts but no chip is behind: two actors of half a GPU each."""
     code = f"""
 import ray
-ray.init(num_cpus=2, num_gpus=2, address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+ray.init(num_cpus=2, num_gpus=1, address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
 from ctrdist.language.encode import Source
 from ctrdist.storage import State
 from raycluster import cluster
@@ -194,7 +204,7 @@ cluster.connect()
 state, texts = State({str(tmp_path)!r}), world(30)
 ids = write(state, "texts", texts)
 plan = cluster.make_plan()
-assert (plan.workers, plan.gpus) == (2, 1)
+assert (plan.workers, plan.gpus) == (1, 1)
 made = encode_items(state, "table", Source({str(tiny_lm)!r}), "texts", replace(CONFIG, gpu_share=0.5), plan, "x")
 check(state, made, {str(tiny_lm)!r}, texts, ids)
 print("whole")
