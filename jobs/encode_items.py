@@ -68,7 +68,7 @@ class EncodeOptions:
             raise UserError("--items needs --text: what an item's text is made of, such as '{title}. {description}'")
         for name in ("out", "data", "items"):
             cluster.check_path(f"--{name}", getattr(self, name) or "/")
-        check_model(self.lm, masked_lm=False)
+        check_model(self.lm, False)
 
 
 def run(options: EncodeOptions) -> None:
