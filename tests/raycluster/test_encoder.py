@@ -22,6 +22,7 @@ from ctrdist.vocabulary import Vocabulary
 from raycluster import encoder
 from raycluster.cluster import Plan
 from raycluster.encoder import encode_items
+from raycluster.tokens import Work
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = Schema(user=(Field("user_id"),), item=(Field("item_id"),), text=("{text}",))
@@ -62,24 +63,46 @@ def check(state: State, made: Manifest, tiny_lm: Path, texts: dict[str, str], id
     assert not state.names(f"{made.name}.shards")
 
 
+def in_process(work: Work, state: State, shards: str, model: Source, config: EncodeConfig, plan: Plan):
+    """What Ray's tasks and actors do, one shard after another."""
+    texts, actor = ItemTexts(state.local(work.texts) / "texts.arrow"), ShardEncoder(model, config, state.uri, shards)
+    for start in range(0, len(work), config.shard_items):
+        part = slice(start, start + config.shard_items)
+        said = actor(tokens_to_arrow(work.hashes[part], work.tokenizer(texts.take(work.rows[part]))))
+        yield int(said["items"][0]), said["device"][0]
+
+
 @pytest.fixture
-def run(ray_cluster, tiny_lm, tmp_path) -> Callable[..., tuple[Manifest, list]]:
+def call(tiny_lm, tmp_path) -> Callable[..., tuple[Manifest, list]]:
     """Encode output `texts` of a state into `output`; the manifest, and what progress said."""
     state = State(tmp_path)
 
-    def call(output: str = "table", texts: str = "texts", plan: Plan = PLAN, **arguments) -> tuple[Manifest, list]:
+    def encode(output: str = "table", texts: str = "texts", **arguments) -> tuple[Manifest, list]:
         said = []
-        arguments = {"config": CONFIG, "inputs": "x", "model": Source(str(tiny_lm))} | arguments
+        arguments = {"config": CONFIG, "inputs": "x", "model": Source(str(tiny_lm)), "plan": PLAN} | arguments
         note = lambda *counts: said.append(counts)
-        return encode_items(state, output, texts=texts, plan=plan, progress=note, **arguments), said
+        return encode_items(state, output, texts=texts, progress=note, **arguments), said
 
+    return encode
+
+
+@pytest.fixture
+def run(call, monkeypatch) -> Callable[..., tuple[Manifest, list]]:
+    """`call` in this process."""
+    monkeypatch.setattr(encoder, "_encode", in_process)
     return call
 
 
-def test_every_item_has_its_row(run, tiny_lm, tmp_path):
+@pytest.fixture
+def through_ray(call, ray_cluster) -> Callable[..., tuple[Manifest, list]]:
+    """`call` through Ray."""
+    return call
+
+
+def test_every_item_has_its_row(through_ray, tiny_lm, tmp_path):
     state, texts = State(tmp_path), world(60)
     ids = write(state, "texts", texts)
-    made, said = run()
+    made, said = through_ray()
     check(state, made, tiny_lm, texts, ids)
     assert made.facts["copied"] == 0 and made.facts["device"] == "cpu" and made.facts["dim"] == 16
     distinct = len(set(texts.values()))
@@ -119,10 +142,9 @@ def test_a_damaged_table_is_not_copied_from(run, tiny_lm, tmp_path, capsys):
 def test_a_run_cut_off_leaves_no_gap_and_no_double(run, tiny_lm, tmp_path, monkeypatch):
     state, texts = State(tmp_path), world(60)
     ids = write(state, "texts", texts)
-    stream = encoder._encode
 
     def cut_off(*arguments):
-        for number, shard in enumerate(stream(*arguments)):
+        for number, shard in enumerate(in_process(*arguments)):
             yield shard
             if number == 2:
                 raise KeyboardInterrupt
@@ -130,10 +152,9 @@ def test_a_run_cut_off_leaves_no_gap_and_no_double(run, tiny_lm, tmp_path, monke
     monkeypatch.setattr(encoder, "_encode", cut_off)
     with pytest.raises(KeyboardInterrupt):
         run()
-    left = len(state.names("table.shards"))
-    assert left >= 3 and state.find("table") is None
+    assert len(state.names("table.shards")) == 3 and state.find("table") is None
     (state.uri / Path("table.shards") / "half-written.0123").mkdir()
-    monkeypatch.setattr(encoder, "_encode", stream)
+    monkeypatch.setattr(encoder, "_encode", in_process)
     # A text changes in between, and shards are cut another way; what an earlier actor has encoded twice does no harm.
     texts |= {"i030": "a funny cat"}
     ids = write(state, "texts", texts, ids)
@@ -147,12 +168,12 @@ def test_a_run_cut_off_leaves_no_gap_and_no_double(run, tiny_lm, tmp_path, monke
     assert not list((Path(state.uri) / "table.shards").glob("*"))
 
 
-def test_actors_that_die_are_replaced(run, tiny_lm, tmp_path, monkeypatch):
+def test_actors_that_die_are_replaced(through_ray, tiny_lm, tmp_path, monkeypatch):
     state, texts = State(tmp_path), world(40)
     ids = write(state, "texts", texts)
     (tmp_path / "alive").touch()
     monkeypatch.setattr(encoder, "ShardEncoder", Mortal)
-    made, _ = run(config=replace(CONFIG, encoders=1))
+    made, _ = through_ray(config=replace(CONFIG, encoders=1))
     assert not (tmp_path / "alive").exists()
     check(state, made, tiny_lm, texts, ids)
 
@@ -181,13 +202,13 @@ def test_no_items_are_an_error(run, tmp_path):
         run()
 
 
-def test_what_an_actor_complains_of_reaches_the_user(run, tiny_lm, tmp_path):
+def test_what_an_actor_complains_of_reaches_the_user(through_ray, tiny_lm, tmp_path):
     write(State(tmp_path), "texts", world(8))
     model = Source(str(tiny_lm)).load()
     model.base.encoder.layer[-1].output.LayerNorm.bias.data.fill_(1e6)
     model.save(tmp_path / "large")
     with pytest.raises(UserError, match="not finite in float16"):
-        run(model=Source(str(tmp_path / "large")), config=replace(CONFIG, table="float16"))
+        through_ray(model=Source(str(tmp_path / "large")), config=replace(CONFIG, table="float16"))
 
 
 def test_fractions_of_logical_gpus(tiny_lm, tmp_path):
@@ -199,6 +220,7 @@ from ctrdist.language.encode import Source
 from ctrdist.storage import State
 from raycluster import cluster
 from raycluster.encoder import encode_items
+from raycluster.tokens import Work
 from tests.raycluster.test_encoder import CONFIG, check, replace, world, write
 cluster.connect()
 state, texts = State({str(tmp_path)!r}), world(30)
