@@ -21,7 +21,7 @@ from ctrdist.storage import Manifest, State
 from ctrdist.text_table import create_text_table, load_text_hashes, load_text_table, seal_text_table
 from ctrdist.text_vectors import TextVectors
 from ctrdist.vocabulary import Vocabulary
-from raycluster.cluster import Plan, user_error
+from raycluster.cluster import Plan
 from raycluster.tokens import Work, tokenised
 
 
@@ -119,7 +119,7 @@ def _encode(
         .map_batches(partial(tokenised, state.uri, ray.put(work), size), batch_size=1, num_cpus=0.5)
         .map_batches(
             ShardEncoder,
-            batch_size=None,
+            batch_size=size,
             batch_format="pyarrow",
             # Begins with all that there is room for, and lets go of them as shards run out.
             compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most, max_tasks_in_flight_per_actor=2),
@@ -135,8 +135,7 @@ def _encode(
             },
         )
     )
-    try:
-        for row in encoded.iter_rows():
-            yield int(row["items"]), row["device"]
-    except ray.exceptions.RayError as error:
-        raise user_error(error) or error from None
+    for row in encoded.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        yield int(row["items"]), row["device"]

@@ -202,10 +202,16 @@ class ShardEncoder:
         self.encoder = Encoder(model.load(), config, device)
 
     def __call__(self, batch: pa.Table) -> dict[str, np.ndarray]:
-        """Encode texts (`tokens_to_arrow`); how many, and on what: `items`, int64 [1], and `device` [1]."""
+        """Encode texts (`tokens_to_arrow`) and say, one value each: how many `items`, on what `device`, and what the user
+        has to know of an `error`, "" if there is none."""
         hashes, tokens = tokens_from_arrow(batch)
-        if len(hashes):
-            with self.state.create(f"{self.shards}-{fingerprint(hashes.tolist())}") as folder:
-                np.save(folder / HASHES, hashes)
-                np.save(folder / VECTORS, self.encoder.encode(tokens))
-        return {"items": np.array([len(hashes)]), "device": np.array([self.encoder.device.type])}
+        said = ""
+        try:
+            if len(hashes):
+                with self.state.create(f"{self.shards}-{fingerprint(hashes.tolist())}") as folder:
+                    np.save(folder / HASHES, hashes)
+                    np.save(folder / VECTORS, self.encoder.encode(tokens))
+        except UserError as error:  # as Ray Data passes it on, an exception has lost what it was
+            said = str(error)
+        values = {"items": len(hashes), "device": self.encoder.device.type, "error": said}
+        return {name: np.array([value]) for name, value in values.items()}
