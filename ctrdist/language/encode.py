@@ -202,8 +202,11 @@ class ShardEncoder:
         self.encoder = Encoder(model.load(), config, device)
 
     def __call__(self, batch: pa.Table) -> dict[str, np.ndarray]:
-        """Encode texts (`tokens_to_arrow`) and say, one value each: how many `items`, on what `device`, and what the user
-        has to know of an `error`, "" if there is none."""
+        """Encode texts (`tokens_to_arrow`).
+
+        Returns:
+            One value each: how many `items`, on what `device`, and an `error` that the user can act on, "" for none.
+        """
         hashes, tokens = tokens_from_arrow(batch)
         said = ""
         try:
