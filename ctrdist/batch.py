@@ -1,7 +1,6 @@
 """One typed batch of tensors, with the item side joined."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -173,8 +172,3 @@ def join_items(
 def distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each of `values`, integers [n], is among the distinct ones, int64 [n]; and these as they first appear."""
     return pd.factorize(values)  # by hashing: a third of the time of a sort
-
-
-def load_text_table(folder: Path | None) -> np.ndarray | None:
-    """The text table of a folder, memory-mapped; None for no folder."""
-    return None if folder is None else np.load(folder / "text_table.npy", mmap_mode="r")

@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
-from ctrdist.batch import collate, load_text_table
+from ctrdist.batch import collate
 from ctrdist.config import from_dict, to_dict
 from ctrdist.encode import encode
 from ctrdist.errors import UserError
@@ -17,6 +17,7 @@ from ctrdist.items import Catalog
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, NUMERIC, Schema
 from ctrdist.shards import read_state, save_whole
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig
+from ctrdist.text_table import load_text_table
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 SERVES = "release.json"
@@ -89,7 +90,8 @@ def _optimizer_state(model: ClickModel) -> set[str]:
 class Release:
     """A released day: vocabularies, catalog, text table and models that belong together, ready to score.
 
-    It scores with the model that `release.json` names; one with text reads the text table beside it.
+    It scores with the model that `release.json` names; one with text reads the text table beside it, which must be of
+    this catalog and of the language model that `release.json` names.
 
     Args:
         folder: local folder of a release.
@@ -99,9 +101,10 @@ class Release:
         self.schema = Schema.load(folder / "schema.yaml")
         self.vocabularies = load_encoders(folder / "vocabulary")
         self.catalog = Catalog.load(folder / "catalog", self.schema)
-        served = json.loads((folder / SERVES).read_text())["serves"]
-        self.model = load_click_model(folder / served, self.schema)
-        self.text_table = load_text_table(folder if self.model.text_dim else None)
+        served = json.loads((folder / SERVES).read_text())
+        self.model = load_click_model(folder / served["serves"], self.schema)
+        expected = {"rows": self.catalog.size, "catalog": self.catalog.ids.fingerprint(), "model": served["text_model"]}
+        self.text_table = load_text_table(folder, **expected) if self.model.text_dim else None
 
     @torch.no_grad()
     def predict(self, rows: pa.Table) -> np.ndarray:

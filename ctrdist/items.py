@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -100,7 +101,20 @@ def read_items(data: str, schema: Schema) -> pa.Table:
     paths = sorted(info.path for info in filesystem_.get_file_info(selector) if info.path.endswith(".parquet"))
     if not paths:
         raise UserError(f"{data}/items: no Parquet files there; a prepared log has them (see jobs/prepare.py --help)")
-    columns = list(dict.fromkeys([field.name for field in schema.item] + list(schema.text_columns)))
+    return read_item_files(filesystem_, paths, schema, f"{data}/items")
+
+
+def read_item_files(
+    filesystem_: fs.FileSystem, paths: list[str], schema: Schema, where: str, id_column: str = ITEM_ID
+) -> pa.Table:
+    """What `read_items` returns, of any Parquet files.
+
+    Args:
+        where: what to call them all in errors.
+        id_column: their column with the ids, `item_id` in what is returned.
+    """
+    columns = dict.fromkeys([field.name for field in schema.item] + list(schema.text_columns))
+    wanted = [id_column, *(name for name in columns if name not in (ITEM_ID, id_column))]
     tables = []
     for path in paths:
         with filesystem_.open_input_file(path) as stream:
@@ -108,20 +122,22 @@ def read_items(data: str, schema: Schema) -> pa.Table:
                 file = pq.ParquetFile(stream)
             except pa.ArrowInvalid as error:
                 raise UserError(f"{path}: not a readable Parquet file ({error}); restore or remove it") from None
-            require_columns(path, columns, file.schema_arrow.names)
-            table = file.read(columns=columns)
+            require_columns(path, wanted, file.schema_arrow.names)
+            table = file.read(columns=wanted)
+        if id_column != ITEM_ID:
+            table = table.append_column(ITEM_ID, table[id_column])
         nulls = table[ITEM_ID].null_count
         if nulls:
             raise UserError(
-                f"{path}: column '{ITEM_ID}': {nulls} of {table.num_rows} ids are null; every item needs one"
+                f"{path}: column '{id_column}': {nulls} of {table.num_rows} ids are null; every item needs one"
             )
         tables.append(table)
-    items = join_items(tables, f"{data}/items")
+    items = join_items(tables, where)
     counts = pc.value_counts(items[ITEM_ID])
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
         raise UserError(
-            f"{data}/items: column '{ITEM_ID}': {len(repeated)} ids stand in more than one row, "
+            f"{where}: column '{id_column}': {len(repeated)} ids stand in more than one row, "
             f"{repeated[0]['values'].as_py()!r} for one; keep one row an item"
         )
     return items
@@ -260,6 +276,14 @@ class ItemTexts:
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         """Bytes of each of the given rows' texts, int64: what batches are bucketed by."""
         return pc.binary_length(self.column.take(pa.array(rows))).to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def hashes(self, rows: np.ndarray, block: int = 65536) -> np.ndarray:
+        """A 64-bit hash (SipHash) of each of the given rows' texts, uint64: the same in every process."""
+        out = np.empty(len(rows), np.uint64)
+        for start in range(0, len(rows), block):
+            part = rows[start : start + block]
+            out[start : start + block] = pd.util.hash_array(np.array(self.take(part), object), categorize=False)
+        return out
 
 
 def item_batches(items: np.ndarray, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:

@@ -1,5 +1,6 @@
 """id -> row maps whose rows never move. Row 0 is padding and row 1 is unknown, everywhere."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,13 @@ class Vocabulary:
     def size(self) -> int:
         """Rows of a table for this vocabulary, with padding, unknown and the rows of expired ids."""
         return FIRST_ROW + len(self.keys) + len(self.free)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with any id's row, and with the number of rows."""
+        digest = hashlib.sha256(f"{self.size} {self.keys.dtype.str}".encode())
+        for array in (self.keys, self.rows):
+            digest.update(np.ascontiguousarray(array).view(np.uint8))
+        return digest.hexdigest()[:16]
 
     def lookup(self, values: pa.Array | pa.ChunkedArray, column: str = "column") -> np.ndarray:
         """Rows of `values`, int32 of the same length; UNKNOWN for null and for ids without a row.

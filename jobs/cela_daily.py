@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 from ctrdist import backbones
 from ctrdist.errors import UserError
+from ctrdist.language.encode import EncodeConfig
 from ctrdist.language.model import check_model
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig, FuseConfig
 from ctrdist.tasks.pretrain import PretrainConfig
 from raycluster import cli, registry, reporting
 from raycluster.day import Day, DayOptions, run_day
-from raycluster.encoder import EncodeConfig
 from raycluster.stages.click import train_click
 from raycluster.stages.evaluate import evaluate
 from raycluster.stages.language import LanguageModelConfig, align, encode, pretrain, pretraining_due

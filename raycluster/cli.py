@@ -13,8 +13,8 @@ from raycluster.cluster import user_error
 T = TypeVar("T")
 
 
-def parse(default: T, description: str, arguments: list[str] | None = None) -> T:
-    """Options from, in this order: `default`, the YAML file of `--config` (or `ctr.yaml` if there), the command line.
+def parse(default: T, description: str, arguments: list[str] | None = None, file: str = "ctr.yaml") -> T:
+    """Options from, in this order: `default`, the YAML file of `--config` (or `file` if there), the command line.
 
     Exits with status 1 on an unknown option.
 
@@ -22,7 +22,7 @@ def parse(default: T, description: str, arguments: list[str] | None = None) -> T
         UserError: the YAML file is missing or says something unknown.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    path = Path("ctr.yaml") if Path("ctr.yaml").exists() else None
+    path = Path(file) if Path(file).exists() else None
     for i, argument in enumerate(arguments):
         if argument.startswith("--config="):
             path = Path(argument.removeprefix("--config="))

@@ -140,6 +140,20 @@ def in_submitted_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def check_path(option: str, value: str) -> None:
+    """Raise a UserError for a relative path in a submitted job."""
+    if in_submitted_job() and "://" not in value and not os.path.isabs(value):
+        raise UserError(
+            f"{option} {value}: a submitted job runs in a copy of its working folder that is thrown away "
+            "afterwards, so a relative path would lose its files; give an absolute path or a URI"
+        )
+
+
+def absolute(path: str) -> str:
+    """A path as all processes understand it, wherever they run; a URI stays as it is."""
+    return path if "://" in path else os.path.abspath(path)
+
+
 class PeakMemory:
     """The largest memory of this process and of Ray's processes on this machine, sampled in a thread.
 

@@ -227,11 +227,7 @@ def open_day(options: DayOptions) -> Day:
         value = getattr(options, name)
         if not value:
             raise UserError(f"--{name} is missing; give it on the command line or in ctr.yaml")
-        if cluster.in_submitted_job() and "://" not in value and not Path(value).is_absolute():
-            raise UserError(
-                f"--{name} {value}: a submitted job runs in a copy of its working folder that is thrown away "
-                "afterwards, so a relative path would lose its files; give an absolute path or a URI"
-            )
+        cluster.check_path(f"--{name}", value)
     for name in ("expire_days", "keep_releases"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: 0 or more")
@@ -240,7 +236,7 @@ def open_day(options: DayOptions) -> Day:
             f"--expire-days {options.expire_days}: no row can be given again while every release is kept; give "
             "--keep-releases too"
         )
-    data, state = _absolute(options.data), State(_absolute(options.state))
+    data, state = cluster.absolute(options.data), State(cluster.absolute(options.state))
     if "://" not in data and not Path(data).is_dir():
         raise UserError(f"--data {data}: no such folder; make it with jobs/prepare.py")
     schema = Schema.load(f"{data}/schema.yaml")
@@ -323,7 +319,3 @@ class Progress:
             left = (total - done) * (now - self.began) / max(1, done)
             speed = f"{done / (now - self.began):,.1f} {self.things}/s"
             say(f"{self.stage:10} {done:,} of {total:,} {self.things}, {speed}, {left:.0f} s left")
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).absolute())

@@ -1,182 +1,141 @@
-"""Texts -> vectors by a Ray Data actor pool, each item exactly once."""
+"""Texts -> the text table by a Ray Data actor pool: each distinct text once, each item one row.
+
+Vectors are known by what they were made of: the hash of the text and the fingerprint of the model. So whatever is
+there already is used, be it a shard that an earlier try has left or a table of another day, and only the rest is
+encoded. Tasks on CPUs tokenise ahead of the actors (`ctrdist.language.encode.ShardEncoder`).
+"""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
+import ray
 import ray.data
-import torch
 from ray.data import ActorPoolStrategy
 
 from ctrdist.errors import UserError
 from ctrdist.items import ItemTexts
-from ctrdist.language.encoder import load_encoder
-from ctrdist.language.tokens import tokenize
-from ctrdist.loop import use_bfloat16
-from ctrdist.optim import Precision
-from ctrdist.storage import Manifest, State, fingerprint
+from ctrdist.language.encode import HASHES, VECTORS, EncodeConfig, ShardEncoder, Source
+from ctrdist.storage import Manifest, State
+from ctrdist.text_table import create_text_table, load_text_hashes, load_text_table, seal_text_table
+from ctrdist.text_vectors import TextVectors
+from ctrdist.vocabulary import Vocabulary
 from raycluster.cluster import Plan
-
-
-@dataclass(frozen=True)
-class EncodeConfig:
-    """How items are encoded.
-
-    Args:
-        max_length: tokens of a text that are read, special tokens included.
-        tokens_per_batch: padded tokens that are encoded at a time.
-        shard_items: items of a shard, the piece of work that is not done again after a crash.
-        precision: as in training; vectors are stored in float16 in any case.
-    """
-
-    max_length: int = 128
-    tokens_per_batch: int = 8192
-    shard_items: int = 1024
-    precision: Precision = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("max_length", "tokens_per_batch", "shard_items"):
-            if getattr(self, name) < 1:
-                raise UserError(f"encode.{name}: {getattr(self, name)} is under 1")
-
-
-class Encoder:
-    """An actor that encodes shards of items with one language model and writes each shard to the state."""
-
-    def __init__(
-        self,
-        state: str,
-        language_model: str,
-        texts: str,
-        shards: str,
-        inputs: str,
-        config: EncodeConfig,
-        gpu: bool,
-        threads: int,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self.state, self.shards, self.inputs, self.config = State(state), shards, inputs, config
-        self.device = torch.device("cuda" if gpu else "cpu")
-        self.model = load_encoder(self.state.local(language_model)).eval().to(self.device)
-        self.items, self.texts = encoding_order(self.state.local(texts))
-        self.bfloat16 = use_bfloat16(config.precision, self.device)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        done = [self.encode_shard(int(number)) for number in batch["shard"]]
-        return {"shard": batch["shard"], "items": np.array(done)}
-
-    def encode_shard(self, number: int) -> int:
-        """Encode and write one shard; returns its number of items."""
-        size = self.config.shard_items
-        rows = self.items[number * size : (number + 1) * size]
-        with self.state.create(shard_name(self.shards, number), self.inputs) as folder:
-            np.save(folder / "rows.npy", rows)
-            np.save(folder / "vectors.npy", self.encode(rows))
-        return len(rows)
-
-    @torch.inference_mode()
-    def encode(self, rows: np.ndarray) -> np.ndarray:
-        """Pooled states of the items at `rows`, float16 [n, width], in micro-batches of like length."""
-        out = np.empty((len(rows), self.model.width), np.float16)
-        order = np.argsort(self.texts.lengths(rows), kind="stable")[::-1]
-        step = max(1, self.config.tokens_per_batch // self.config.max_length)
-        start = 0
-        while start < len(rows):
-            at = order[start : start + step]
-            tokens = tokenize(self.model.tokenizer, self.texts.take(rows[at]), rows[at], self.config.max_length)
-            tokens = tokens.to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-                vectors = self.model(tokens.input_ids, tokens.attention_mask)
-            out[at] = vectors.to(torch.float16).cpu().numpy()
-            start += len(at)
-            step = max(1, self.config.tokens_per_batch // tokens.input_ids.shape[1])
-        return out
-
-
-def encoding_order(folder: Path) -> tuple[np.ndarray, ItemTexts]:
-    """The catalog rows of today's items, the longest text first so that the last shards are small, and all texts."""
-    items, texts = np.flatnonzero(np.load(folder / "catalog" / "present.npy")), ItemTexts(folder / "texts.arrow")
-    return items[np.argsort(texts.lengths(items), kind="stable")[::-1]], texts
-
-
-def shard_name(shards: str, number: int) -> str:
-    """Name of a shard's output."""
-    return f"{shards}/{number:06d}"
+from raycluster.tokens import Work, tokenised
 
 
 def encode_items(
     state: State,
     output: str,
-    language_model: str,
+    model: Source,
     texts: str,
     config: EncodeConfig,
     plan: Plan,
     inputs: str,
+    previous: Sequence[Manifest] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
-    """Encode all items into output `output`: `text_table.npy`, float16 [catalog rows, width], zeros without an item.
+    """Encode all items into output `output`, a text table by catalog row (`ctrdist.text_table`).
 
-    Shards that an earlier try has written from the same inputs are not encoded again.
+    Its facts count `items`, and of these the ones whose vector was `copied` from an earlier table, or `encoded`.
 
     Args:
-        language_model: output with the language model to encode with.
         texts: output that holds the catalog and `texts.arrow`.
-        progress: called with (items done, items in all).
+        previous: outputs with earlier tables, the newest first; the first one by the same model is used.
+        progress: called with (texts done, texts in all) while texts are encoded.
+
+    Raises:
+        UserError: there are no items, or their vectors are not finite.
     """
-    began = time.monotonic()
-    items, all_texts = encoding_order(state.local(texts))
-    all_shards = range(-(-len(items) // config.shard_items))
-    shards = f"{output}.shards-{fingerprint(inputs, config.shard_items)}"
-    missing = [number for number in all_shards if not state.find(shard_name(shards, number), inputs)]
-    done = len(items) - sum(len(items[n * config.shard_items : (n + 1) * config.shard_items]) for n in missing)
-    if missing:
-        context = ray.data.DataContext.get_current()
-        context.execution_options.preserve_order = False
-        dataset = ray.data.from_items([{"shard": n} for n in missing], override_num_blocks=len(missing)).map_batches(
-            Encoder,
-            batch_size=1,
-            compute=ActorPoolStrategy(size=min(plan.workers, len(missing))),
+    began, source = time.monotonic(), state.local(texts)
+    items, item_texts = np.flatnonzero(np.load(source / "catalog" / "present.npy")), ItemTexts(source / "texts.arrow")
+    if not len(items):
+        raise UserError(f"{state.path(texts)}: no items to encode")
+    hashes, made_by, shards = item_texts.hashes(items), model.fingerprint(config), f"{output}.shards"
+    known, devices = TextVectors(hashes), set()
+    copied = _add_table(known, state, previous, made_by)
+    _add_shards(known, state, shards, made_by)
+    missing = known.missing
+    if len(missing):
+        # The longest first: the last shards are small, and each one's texts of like length.
+        missing = missing[np.argsort(-item_texts.lengths(items[missing]), kind="stable")]
+        done, total = len(known.hashes) - len(missing), len(known.hashes)
+        work = Work(texts, items[missing], hashes[missing], model.tokenizer(config.max_length))
+        for count, device in _encode(work, state, f"{shards}/{made_by}", model, config, plan):
+            devices.add(device)
+            done += count
+            if progress:
+                progress(done, total)
+        _add_shards(known, state, shards, made_by)
+    facts = {"model": made_by, "items": len(items), "rows": len(items), "copied": copied}
+    facts |= {"encoded": len(items) - copied, "device": ", ".join(sorted(devices))}
+    with state.create(output, inputs, facts) as folder:
+        table = create_text_table(folder, len(item_texts), known.dim, config.table)
+        known.fill(table, items)
+        by_row = np.zeros(len(table), np.uint64)
+        by_row[items] = hashes
+        catalog = Vocabulary.load(source / "catalog" / "ids").fingerprint()
+        facts["dim"] = seal_text_table(folder, table, by_row, made_by, catalog).dim
+        facts["encode_seconds"] = time.monotonic() - began
+    state.sweep(shards, set())
+    return state.find(output, inputs)
+
+
+def _add_table(known: TextVectors, state: State, tables: Sequence[Manifest], made_by: str) -> int:
+    """Take in the first of the tables that is by the same model and not damaged; how many texts gain a vector."""
+    for table in tables:
+        if table.facts.get("model") == made_by:
+            try:
+                folder = state.local(table.name)
+                return known.add(load_text_hashes(folder), load_text_table(folder, model=made_by))
+            except UserError as error:
+                print(f"warning: {error}. It is left aside", flush=True)
+    return 0
+
+
+def _add_shards(known: TextVectors, state: State, folder: str, made_by: str) -> None:
+    """Take in what this try and earlier ones have encoded with the same model."""
+    for name in state.names(folder):
+        if name.startswith(f"{folder}/{made_by}-"):
+            shard = state.local(name)
+            known.add(np.load(shard / HASHES), np.load(shard / VECTORS, mmap_mode="r"))
+
+
+def _encode(
+    work: Work, state: State, shards: str, model: Source, config: EncodeConfig, plan: Plan
+) -> Iterator[tuple[int, str]]:
+    """Encode texts into shards of the state; yields the number of texts and the device of each, as it is written."""
+    most = config.encoders or plan.workers * (int(1 / config.gpu_share) if plan.gpus else 1)
+    size = config.shard_items or (16384 if plan.gpus else 1024)
+    size = min(size, -(-len(work) // (4 * most)))  # some for each encoder, so that they end together
+    count = -(-len(work) // size)
+    most = min(most, count)
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = False
+    encoded = (
+        ray.data.range(count, override_num_blocks=count)
+        # Asks for another share of a CPU than the actors do: Ray would fuse the two, and nothing ran ahead.
+        .map_batches(partial(tokenised, state.uri, ray.put(work), size), batch_size=1, num_cpus=0.5)
+        .map_batches(
+            ShardEncoder,
+            batch_size=size,
+            batch_format="pyarrow",
+            # Begins with all that there is room for, and lets go of them as shards run out.
+            compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most, max_tasks_in_flight_per_actor=2),
             num_cpus=plan.worker_cpus,
-            num_gpus=plan.gpus or None,
+            num_gpus=config.gpu_share if plan.gpus else None,
             fn_constructor_kwargs={
-                "state": state.uri,
-                "language_model": language_model,
-                "texts": texts,
-                "shards": shards,
-                "inputs": inputs,
+                "model": model,
                 "config": config,
-                "gpu": plan.gpus > 0,
+                "state": state.uri,
+                "shards": shards,
                 "threads": plan.threads,
+                "gpu": plan.gpus > 0,
             },
         )
-        for row in dataset.iter_rows():
-            done += int(row["items"])
-            if progress:
-                progress(done, len(items))
-    facts = {"items": len(items), "rows": len(items), "encode_seconds": time.monotonic() - began}
-    with state.create(output, inputs, facts) as folder:
-        facts["dim"] = assemble(state, shards, all_shards, items, len(all_texts), folder / "text_table.npy")
-    for number in all_shards:
-        state.remove(shard_name(shards, number))
-    manifest = state.find(output, inputs)
-    assert manifest is not None
-    return manifest
-
-
-def assemble(state: State, shards: str, numbers: range, items: np.ndarray, rows: int, path: Path) -> int:
-    """Put the shards together into one memory-mapped table and check that every item came once; returns the width."""
-    table, seen = None, np.zeros(rows, np.int8)
-    for number in numbers:
-        folder = state.local(shard_name(shards, number))
-        at, vectors = np.load(folder / "rows.npy"), np.load(folder / "vectors.npy")
-        if table is None:
-            table = np.lib.format.open_memmap(path, "w+", np.float16, (rows, vectors.shape[1]))
-        table[at] = vectors
-        seen[at] += 1
-    assert (seen[items] == 1).all() and seen.sum() == len(items), (
-        "an item is missing from the text table, or twice in it"
     )
-    table.flush()
-    return table.shape[1]
+    for row in encoded.iter_rows():
+        if row["error"]:
+            raise UserError(row["error"])
+        yield int(row["items"]), row["device"]

@@ -15,6 +15,7 @@ from ctrdist.log import read_row_group
 from ctrdist.report import write_report
 from ctrdist.schema import HISTORY
 from ctrdist.storage import Manifest, fingerprint
+from ctrdist.text_table import FACTS, TABLE
 from raycluster import reporting
 from raycluster.day import Day, say
 from raycluster.retention import prune
@@ -60,8 +61,10 @@ def write_release(
                 load_click_model(state.local(output.name), day.schema), folder / name, optimizer_state=False
             )
             if text and name == served:
-                shutil.copy(state.local(text.name) / "text_table.npy", folder)
-        (folder / SERVES).write_text(json.dumps({"serves": served}))
+                for part in (TABLE, FACTS):
+                    shutil.copy(state.local(text.name) / part, folder)
+        text = models[served][1]
+        (folder / SERVES).write_text(json.dumps({"serves": served, "text_model": text and text.facts["model"]}))
         write_report(report, folder)
     publish(day)
     return state.find(day.release)

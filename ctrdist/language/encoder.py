@@ -85,12 +85,15 @@ class TextEncoder(nn.Module):
         return encoder
 
 
-def load_encoder(folder: str | Path) -> LanguageModel | TextEncoder:
+def load_encoder(folder: str | Path, pooling: str = "auto") -> LanguageModel | TextEncoder:
     """What makes the text table's vectors, [B, width] of token ids and mask: the language model of a folder, with its
     head where alignment trained the head alone.
+
+    Args:
+        pooling: as `LanguageModel.load` takes it; with a head it is the one that the head was trained on.
     """
     path = Path(folder) / HEAD
-    return TextEncoder.load(folder) if path.exists() and _into_table(path) else LanguageModel.load(str(folder))
+    return TextEncoder.load(folder) if path.exists() and _into_table(path) else LanguageModel.load(str(folder), pooling)
 
 
 def _into_table(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Texts -> tokens."""
+"""Token ids -> batches that a language model reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+
+from ctrdist.items import Ragged
+from ctrdist.language.tokenizer import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,9 +62,7 @@ class TokenBatch:
 def tokenize(
     tokenizer: "PreTrainedTokenizerBase", texts: list[str], items: Sequence[int], max_length: int, epoch: int = 0
 ) -> TokenBatch:
-    """Tokens of texts, with special tokens, cut to `max_length` and to what the model can read, padded to the longest.
-
-    A text without any token gets one padding token as its only real one. No texts at all give L = 2.
+    """Tokens of texts, with special tokens, cut to `max_length` and to what the model can read, padded (see `pad`).
 
     Args:
         tokenizer: `LanguageModel.tokenizer`.
@@ -70,16 +71,26 @@ def tokenize(
         max_length: most tokens of a text, special tokens included.
         epoch: passed on to the batch.
     """
-    assert len(texts) == len(items), (len(texts), len(items))
+    return pad(token_ids(tokenizer, texts, max_length), items, tokenizer.pad_token_id or 0, epoch)
+
+
+def pad(tokens: Ragged, items: Sequence[int], padding: int, epoch: int = 0) -> TokenBatch:
+    """Token ids of B texts as a batch, padded on the right to the longest.
+
+    A text without any token gets one padding token as its only real one. No texts at all give L = 2.
+
+    Args:
+        tokens: of B texts.
+        items: [B] their catalog rows.
+        padding: id of the padding token.
+        epoch: passed on to the batch.
+    """
+    lengths = np.diff(tokens.offsets)
+    assert len(lengths) == len(items), (len(lengths), len(items))
     rows = torch.as_tensor(np.asarray(items, dtype=np.int64))
-    if not texts:
-        return TokenBatch(rows, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64), epoch)
-    limit = min(max_length, tokenizer.model_max_length)
-    ids = tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False)["input_ids"]
-    lengths = np.array([len(row) for row in ids])
     shown = np.maximum(lengths, 1)
-    real = np.arange(shown.max()) < shown[:, None]
-    padded = np.full(real.shape, tokenizer.pad_token_id or 0, dtype=np.int64)
-    padded[np.arange(real.shape[1]) < lengths[:, None]] = np.concatenate(ids)
+    real = np.arange(shown.max(initial=1 if len(shown) else 2)) < shown[:, None]
+    padded = np.full(real.shape, padding, dtype=np.int64)
+    padded[np.arange(real.shape[1]) < lengths[:, None]] = tokens.values
     mask = torch.from_numpy(real.astype(np.int64))
     return TokenBatch(rows, torch.from_numpy(padded), mask, epoch, tuple(shown.tolist()))

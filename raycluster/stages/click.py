@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ctrdist.batch import Batch, collate, load_text_table
+from ctrdist.batch import Batch, collate
 from ctrdist.config import to_dict
 from ctrdist.epoch import plan_epoch, plan_pass
 from ctrdist.export import load_click_model, save_click_model
@@ -13,6 +13,7 @@ from ctrdist.fields import rows_with_new_ids
 from ctrdist.loop import LoopConfig
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, table_sizes
+from ctrdist.text_table import TextTableFacts, load_text_table
 from raycluster import ingest
 from raycluster.day import Day
 from raycluster.ingest import LogReader
@@ -104,19 +105,20 @@ def _click_task(
         model.grow(sizes)
         model.renew(rows_with_new_ids(encoders, LogReader(reader.data, reader.state, start.facts["read"]).open()[1]))
         return model
-    width = load_text_table(state.local(text)).shape[1] if text else 0
+    width = TextTableFacts.load(state.local(text)).dim if text else 0
     return ClickModel(schema, sizes, config, width, fuse, seed)
 
 
 @lru_cache(maxsize=2)
-def _text_table(state: str, text: str) -> np.ndarray:
-    return load_text_table(State(state).local(text))
+def _text_table(reader: LogReader, text: str) -> np.ndarray:
+    ids = reader.open()[2].ids
+    return load_text_table(State(reader.state).local(text), rows=ids.size, catalog=ids.fingerprint())
 
 
 def encoded_batch(reader: LogReader, text: str | None, table: Any) -> Batch:
     """Encoded rows of the log as a batch, with the item side and the text table of output `text` joined."""
     schema, _, catalog = reader.open()
-    return collate(table, schema, catalog, _text_table(reader.state, text) if text else None)
+    return collate(table, schema, catalog, _text_table(reader, text) if text else None)
 
 
 def _train_stream(

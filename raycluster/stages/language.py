@@ -17,19 +17,22 @@ from ctrdist.errors import UserError
 from ctrdist.export import load_click_model
 from ctrdist.items import ItemTexts, Ragged, item_batches, most_popular
 from ctrdist.language import source
+from ctrdist.language.encode import EncodeConfig, Source
 from ctrdist.language.encoder import HEAD, TextEncoder
 from ctrdist.language.lora import LoraConfig
-from ctrdist.language.model import LanguageModel, draws_head, load_tokenizer
-from ctrdist.language.tokens import TokenBatch, tokenize
+from ctrdist.language.model import LanguageModel, draws_head
+from ctrdist.language.tokenizer import StoredTokens
+from ctrdist.language.tokens import TokenBatch, pad
 from ctrdist.loop import LoopConfig
 from ctrdist.optim import Precision
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.align import AlignConfig, ItemAlignment
 from ctrdist.tasks.pretrain import DomainAdaptivePretraining, PretrainConfig
 from raycluster.day import Day, Progress, say
-from raycluster.encoder import EncodeConfig, encode_items
+from raycluster.encoder import encode_items
 from raycluster.ingest import LogReader
 from raycluster.stages.read import Read
+from raycluster.tokens import stored_tokens
 from raycluster.trainer import Training, train
 
 
@@ -100,7 +103,7 @@ def pretrain(day: Day, read: Read, lm: LanguageModelConfig, config: PretrainConf
             config.epochs,
             lm.precision,
             metrics_file,
-            partial(_text_batches, day.state.uri, read.output.name, lm.name, False),
+            partial(_text_batches, day.state.uri, _tokens(day, read, Source(lm.name), config.max_length)),
             task=partial(_pretrain_task, lm, config, day.options.seed),
             save=_save_language_model,
             facts={"date": str(day.date), "lm": to_dict(lm)},
@@ -142,6 +145,7 @@ def align(
     counts = read.counts if config.popularity_power else None
 
     def make(name: str, inputs: str, metrics_file: str | None) -> Manifest:
+        tokens = _tokens(day, read, Source(lm.name, day.state.uri), config.max_length)
         training = _text_training(
             day,
             name,
@@ -151,7 +155,7 @@ def align(
             epochs,
             options.precision,
             metrics_file,
-            partial(_text_batches, day.state.uri, read.output.name, lm.name, True),
+            partial(_text_batches, day.state.uri, tokens),
             task=partial(
                 _align_task,
                 day.state.uri,
@@ -204,7 +208,7 @@ def _text_training(
     )
 
     def passes(of: np.ndarray, count: int) -> Callable[[int, int, int], Iterator[TokenBatch]]:
-        return partial(batches, of, batch, config.max_length, seed, count)
+        return partial(batches, of, batch, seed, count)
 
     return Training(
         state=day.state.uri,
@@ -226,31 +230,32 @@ def _items_with_text(day: Day, read: Read) -> np.ndarray:
     return items[ItemTexts(folder / "texts.arrow").lengths(items) > 0]
 
 
+def _tokens(day: Day, read: Read, lm: Source, max_length: int) -> str:
+    """The output with the tokens of all texts of the day: DAP and ROMA share it if they read as much of a text."""
+    items = _items_with_text(day, read)
+    return stored_tokens(day.state, read.output, lm.tokenizer(max_length), items).name
+
+
 def _text_batches(
     state: str,
-    read: str,
-    lm: str,
-    is_output: bool,
+    tokens: str,
     items: np.ndarray,
     batch: int,
-    max_length: int,
     seed: int,
     epochs: int,
     rank: int,
     workers: int,
     step: int,
 ) -> Iterator[TokenBatch]:
-    """A worker's share of each global batch of items from `step` on, tokenised."""
-    store = State(state)
-    texts = ItemTexts(store.local(read) / "texts.arrow")
-    tokenizer = load_tokenizer(str(store.local(lm)) if is_output else lm)
+    """A worker's share of each global batch of items from `step` on."""
+    stored = StoredTokens.load(State(state).local(tokens))
     steps = -(-len(items) // batch)
     share = batch // workers
     for epoch in range(step // steps, epochs):
         for number, rows in enumerate(item_batches(items, batch, seed, epoch)):
             if epoch * steps + number >= step:
                 own = rows[rank * share : (rank + 1) * share]
-                yield tokenize(tokenizer, texts.take(own), own, max_length, epoch)
+                yield pad(stored.take(own), own, stored.padding, epoch)
 
 
 def _pretrain_task(lm: LanguageModelConfig, config: PretrainConfig, seed: int) -> DomainAdaptivePretraining:
@@ -317,11 +322,26 @@ def _save_encoder(task: ItemAlignment, folder: Path) -> None:
 
 
 def encode(day: Day, stage: str, read: Read, lm: Manifest, config: EncodeConfig) -> Manifest:
-    """Every item's text through a language model into the text table: its pooled states, at its width."""
+    """Every item's text through a language model into the text table: its pooled states, at its width.
+
+    What a table of one of the last runs has of the same text and the same model is taken from there.
+    """
     inputs = fingerprint(read.output.identity, lm.identity, to_dict(config))
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
-        report = Progress(stage).items
-        return encode_items(day.state, name, lm.name, read.output.name, config, day.plan, inputs, report)
+        report, previous = Progress(stage, "texts").items, _earlier_tables(day.state)
+        source = Source(lm.name, day.state.uri)
+        made = encode_items(
+            day.state, name, source, read.output.name, config, day.plan, inputs, previous=previous, progress=report
+        )
+        say(f"{stage:10} {made.facts['encoded']:,} items encoded, {made.facts['copied']:,} copied")
+        return made
 
     return day.stage(stage, inputs, make)
+
+
+def _earlier_tables(state: State, runs: int = 10) -> list[Manifest]:
+    """The text tables of the last runs, the newest first."""
+    dates = sorted(state.folders("runs"), reverse=True)[:runs]
+    names = [name for date in dates for name in reversed(state.names(f"runs/{date}"))]
+    return [state.find(name) for name in names if name.rsplit("/", 1)[1].startswith("encode")]

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ctrdist.batch import Batch, Lookup, collate, load_text_table
+from ctrdist.batch import Batch, Lookup, collate
 from ctrdist.encode import encode, fillers
 from ctrdist.epoch import plan_pass, read_chunk
 from ctrdist.items import Catalog, Ragged
@@ -143,10 +143,3 @@ def test_to_moves_every_tensor(encoded, small_read):
     found = tensors(moved)
     assert len(found) == 5 + 2 * 6 + 2 and all(tensor.is_meta for tensor in found)
     assert collate(encoded, schema, catalog).to("cpu").text is None
-
-
-def test_load_text_table(tmp_path):
-    assert load_text_table(None) is None
-    np.save(tmp_path / "text_table.npy", np.arange(6.0).reshape(2, 3))
-    assert load_text_table(tmp_path).tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert isinstance(load_text_table(tmp_path), np.memmap)

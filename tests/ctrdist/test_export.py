@@ -1,4 +1,6 @@
 import datetime as dt
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from ctrdist.fields import save_encoders
 from ctrdist.group import Group
 from ctrdist.log import list_days, list_row_groups
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, table_sizes
+from ctrdist.text_table import FACTS, create_text_table, seal_text_table
 
 CONFIG = ClickConfig(backbone="din", dim=4, networks=BackboneConfigs(din=DinConfig(attention=(6,), hidden=(8,))))
 TEXT_DIM = 5
@@ -138,13 +141,25 @@ def release(small_log, small_read, tmp_path_factory) -> tuple[Release, ClickMode
     schema.save(folder / "schema.yaml")
     save_encoders(vocabularies, folder / "vocabulary")
     catalog.save(folder / "catalog")
-    np.save(folder / "text_table.npy", text_table(catalog))
+    table = create_text_table(folder, catalog.size, TEXT_DIM, "float16")
+    table[:] = text_table(catalog)
+    seal_text_table(folder, table, np.ones(catalog.size, np.uint64), "the model", catalog.ids.fingerprint())
     (folder / "cela").mkdir()
-    (folder / SERVES).write_text('{"serves": "cela"}')
+    (folder / SERVES).write_text('{"serves": "cela", "text_model": "the model"}')
     model = trained(small_log, small_read, FuseConfig(hidden=(7,)))
     save_click_model(model, folder / "cela", optimizer_state=False)
     assert {path.name for path in (folder / "cela").iterdir()} == {WEIGHTS, DESCRIPTION}
     return Release(folder), model
+
+
+def test_a_release_refuses_the_text_table_of_another_model_or_catalog(release, tmp_path):
+    folder = Path(release[0].text_table.filename).parent
+    moved = Path(shutil.copytree(folder, tmp_path / "release"))
+    for wrong in ("model", "catalog"):
+        facts = json.loads((folder / FACTS).read_text())
+        (moved / FACTS).write_text(json.dumps(facts | {wrong: "another"}))
+        with pytest.raises(UserError, match=f"text_table.npy: the .*{wrong} another, expected"):
+            Release(moved)
 
 
 def log_rows(small_log: Path) -> pa.Table:

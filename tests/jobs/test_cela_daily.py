@@ -14,6 +14,7 @@ from ctrdist.backbones import BackboneConfigs, dcnv2
 from ctrdist.datasets.synthetic import SyntheticConfig, prepare
 from ctrdist.errors import UserError
 from ctrdist.fields import load_encoders
+from ctrdist.language.encode import EncodeConfig
 from ctrdist.log import log_columns
 from ctrdist.schema import Schema
 from ctrdist.storage import State
@@ -21,7 +22,6 @@ from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig, FuseConfig
 from ctrdist.tasks.pretrain import PretrainConfig
 from jobs import cela_daily as JOB
-from raycluster.encoder import EncodeConfig
 from raycluster.stages.language import LanguageModelConfig
 
 FIRST, SECOND = dt.date(2024, 1, 4), dt.date(2024, 1, 5)

@@ -13,13 +13,13 @@ import pytest
 
 from ctrdist.datasets.protocol import Protocol, Raw, write
 from ctrdist.errors import UserError
+from ctrdist.language.encode import EncodeConfig
 from ctrdist.schema import Field
 from ctrdist.storage import State
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.pretrain import PretrainConfig
 from jobs import cela_daily as JOB
-from raycluster.encoder import EncodeConfig
 from raycluster.stages.language import LanguageModelConfig
 
 

@@ -30,7 +30,7 @@ def test_held_out_items_are_not_trained_on():
     trained, *rest = training.batches(1, 2, 7)
     held, *valid = training.valid_batches(1, 2, 0)
     assert sorted([*trained, *held]) == ITEMS.tolist() and 250 < len(held) < 350
-    assert rest == [100, 9, 3, 2, 1, 2, 7] and valid == [100, 9, 3, 1, 1, 2, 0]
+    assert rest == [100, 3, 2, 1, 2, 7] and valid == [100, 3, 1, 1, 2, 0]
     loop = training.loop
     assert (loop.steps_per_epoch, loop.epochs, loop.patience, loop.clip_norm) == (-(-len(trained) // 100), 2, 2, 0.5)
     assert training.facts == {"rows": len(trained), "items": 5}
