@@ -63,7 +63,7 @@ def load_click_model(
     saved = from_dict(ClickConfig(), description["config"], str(folder / DESCRIPTION))
     saved_fuse = description["fuse"] and from_dict(FuseConfig(), description["fuse"], str(folder / DESCRIPTION))
     wanted = [(f"--ctr.{name}", saved, config, name) for name in ("backbone", "dim", "widths", "networks")]
-    wanted += [(f"--fuse.{name}", saved_fuse, fuse, name) for name in ("hidden", "on")]
+    wanted += [(f"--fuse.{name}", saved_fuse, fuse, name) for name in ("hidden", "source", "on")]
     for option, mine, other, name in wanted:
         if mine and other and to_dict(getattr(mine, name)) != to_dict(getattr(other, name)):
             raise UserError(

@@ -19,7 +19,14 @@ from raycluster import cli, registry, reporting
 from raycluster.day import Day, DayOptions, run_day
 from raycluster.stages.click import train_click
 from raycluster.stages.evaluate import evaluate
-from raycluster.stages.language import LanguageModelConfig, align, encode, pretrain, pretraining_due
+from raycluster.stages.language import (
+    LanguageModelConfig,
+    align,
+    encode,
+    pretrain,
+    pretraining_due,
+    table_of_embeddings,
+)
 from raycluster.stages.read import read_log
 
 
@@ -51,6 +58,10 @@ class CelaOptions(DayOptions):
         """Raise a UserError for what can be known to be wrong before anything is read."""
         if self.rounds < 1:
             raise UserError(f"--rounds {self.rounds}: at least 1")
+        if self.rounds > 1 and not self.align.epochs:
+            raise UserError(f"--rounds {self.rounds} without alignment (--align.epochs 0) would do one thing again")
+        if self.fuse.source == "id" and (self.pretrain.epochs or self.align.epochs):
+            raise UserError("--fuse.source id reads no text: add --pretrain.epochs 0 --align.epochs 0")
         backbones.check(self.ctr.backbone)
         check_model(self.lm.name, head=self.pretrain.epochs > 0 and self.pretrain.mlm_weight > 0)
 
@@ -89,7 +100,10 @@ def cela(day: Day, options: CelaOptions) -> dict:
             options.lm,
             warm=warm,
         )
-        text = encode(day, f"encode{suffix}", read, aligned, options.encode)
+        if options.fuse.source == "id":
+            text = table_of_embeddings(day, f"encode{suffix}", read, id_model)
+        else:
+            text = encode(day, f"encode{suffix}", read, aligned, options.encode)
         fused = train_click(
             day, f"mf2{suffix}", read, options.ctr, text=text, fuse=options.fuse, start=fused, days=days
         )

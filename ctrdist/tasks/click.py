@@ -96,6 +96,8 @@ class FuseConfig:
         dropout: after each of them.
         scale: the field's root mean square before training, LayerNorm's initial gain. An embedding starts at 0.01 and
             its decay keeps it near that: a text field at 1 drowns the ids, which are then learnt late and badly.
+        source: where a text vector comes from: `text`, by the language model, or `id`, the ID model's embeddings of the
+            item in its place (the paper's "w/o text"), with which no stage of the language model has anything to do.
         on: what has its text: the target item and its behaviours, or only one of them; zeros stand for the other's.
         frozen: leave the MLP as it was drawn, a random projection; LayerNorm is trained in any case.
     """
@@ -103,6 +105,7 @@ class FuseConfig:
     hidden: tuple[int, ...] = (64,)
     dropout: float = 0.2
     scale: float = 0.1
+    source: Literal["text", "id"] = "text"
     on: Literal["both", "target", "behaviours"] = "both"
     frozen: bool = False
 

@@ -28,6 +28,8 @@ from ctrdist.optim import Precision
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.align import AlignConfig, ItemAlignment
 from ctrdist.tasks.pretrain import DomainAdaptivePretraining, PretrainConfig
+from ctrdist.text_table import create_text_table, seal_text_table
+from ctrdist.vocabulary import Vocabulary
 from raycluster.day import Day, Progress, say
 from raycluster.encoder import encode_items
 from raycluster.ingest import LogReader
@@ -311,6 +313,25 @@ def item_embeddings(state: State, read: str, model: str, block: int = 65536) -> 
     by_field = out.unflatten(1, (-1, click.config.dim))
     scale = by_field[1:].square().mean((0, 2), keepdim=True).sqrt().clamp(min=1e-12)
     return (by_field / scale).flatten(1)
+
+
+def table_of_embeddings(day: Day, stage: str, read: Read, model: Manifest) -> Manifest:
+    """A click model's item embeddings in place of the text table: MF² "w/o text" (CELA, table 4)."""
+    inputs = fingerprint(read.output.identity, model.identity)
+
+    def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
+        source = day.state.local(read.output.name)
+        present = np.load(source / "catalog" / "present.npy")
+        vectors = item_embeddings(day.state, read.output.name, model.name).numpy()
+        facts = {"model": model.identity, "items": int(present.sum()), "rows": int(present.sum())}
+        with day.state.create(name, inputs, facts) as folder:
+            table = create_text_table(folder, *vectors.shape, "float32")
+            table[present] = vectors[present]
+            catalog = Vocabulary.load(source / "catalog" / "ids").fingerprint()
+            facts["dim"] = seal_text_table(folder, table, present.astype(np.uint64), model.identity, catalog).dim
+        return day.state.find(name)
+
+    return day.stage(stage, inputs, make)
 
 
 def _save_language_model(task: DomainAdaptivePretraining, folder: Path) -> None:
