@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,8 @@ def connect(object_store_bytes: int | None = None) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # A short stream has fewer blocks than there may be tasks; nobody can do anything about it.
+    warnings.filterwarnings("ignore", "The (max|min)imum number of concurrent", UserWarning)
 
 
 def spilled_bytes() -> int:
