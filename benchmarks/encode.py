@@ -32,6 +32,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ctrdist.allocator import KEEP  # noqa: E402
 from ctrdist.items import ItemTexts, build_catalog, grow_catalog_ids  # noqa: E402
 from ctrdist.language.encode import EncodeConfig, Encoder, Source  # noqa: E402
 from ctrdist.language.source import DEFAULT  # noqa: E402
@@ -219,7 +220,7 @@ def contestant(options: Options) -> None:
 def in_process(options: Options, run: str, folder: str, scratch: Path) -> tuple[dict, np.ndarray | None]:
     """Run one contestant in a process of its own; its figures, and vectors."""
     vectors = scratch / "vectors.npy"
-    environment = cluster.ALLOCATOR | os.environ | {"VECTORS": str(vectors), "TQDM_DISABLE": "1"}
+    environment = KEEP | os.environ | {"VECTORS": str(vectors), "TQDM_DISABLE": "1"}
     command = [sys.executable, __file__, "--lm", folder, "--run", run]
     for name in ("texts", "count", "synthetic", "max_length", "tokens_per_batch", "threads", "device"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]

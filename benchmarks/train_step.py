@@ -35,11 +35,9 @@ from benchmarks.step.ours import Ours  # noqa: E402
 from benchmarks.step.peers import NETWORKS, PEERS  # noqa: E402
 from benchmarks.step.world import World  # noqa: E402
 from ctrdist import backbones  # noqa: E402
-from ctrdist.allocator import keep_freed_memory  # noqa: E402
+from ctrdist.allocator import KEEP, keep_freed_memory  # noqa: E402
 from ctrdist.group import DistributedGroup, Group  # noqa: E402
 
-KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**36), "MALLOC_TRIM_THRESHOLD_": str(2**36), "MALLOC_TOP_PAD_": str(2**28)}
-"""Settings of glibc's allocator by which freed memory stays with the process."""
 MODULES = {"torch-rechub": "torch_rechub", "deepctr-torch": "deepctr_torch", "fuxictr": "fuxictr"}
 
 
@@ -73,9 +71,9 @@ class Options:
 
 def contestants(network: str, options: Options) -> dict[str, tuple[str, dict[str, str]]]:
     """Who runs, by the name of the figure: the contestant and its process's environment."""
-    found = {"ours": ("ours", {}), "dense": ("dense", {}), "ours_kept": ("ours", KEPT), "fused": ("fused", KEPT)}
+    found = {"ours": ("ours", {}), "dense": ("dense", {}), "ours_kept": ("ours", KEEP), "fused": ("fused", KEEP)}
     if options.peers and network in NETWORKS:
-        found |= {name: (name, KEPT) for name in PEERS if find_spec(MODULES[name])}
+        found |= {name: (name, KEEP) for name in PEERS if find_spec(MODULES[name])}
     return found
 
 
@@ -218,7 +216,7 @@ def main(options: Options) -> None:
             f"{row['network']} {row['vocab']:,} users, batch {row['batch']}: {row['ours_ms']:.1f} ms", file=sys.stderr
         )
     first = {"network": rows[0]["network"], "users": rows[0]["vocab"], "batch": rows[0]["batch"]}
-    profile = run("ours", KEPT, **first, threads=options.threads, device=options.device, profile=True)["profile"]
+    profile = run("ours", KEEP, **first, threads=options.threads, device=options.device, profile=True)["profile"]
     spread = scaling(options) if options.workers and options.device == "cpu" else []
     show(rows, profile, spread, options)
     result = {"rows": rows, "profile": profile, "scaling": spread, "ratios": ratios(rows, spread)}

@@ -6,6 +6,9 @@ import os
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 """glibc's names for what `mallopt(3)` sets."""
 
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_TOP_PAD_": str(2**26)}
+"""The same as environment variables, for a process of others."""
+
 
 def keep_freed_memory() -> None:
     """Keep up to a GiB of freed memory in this process, large blocks too, for the next step to use.
@@ -16,5 +19,5 @@ def keep_freed_memory() -> None:
     if any(name.startswith("MALLOC_") for name in os.environ) or not hasattr(ctypes.CDLL(None), "mallopt"):
         return
     mallopt = ctypes.CDLL(None).mallopt
-    for parameter, size in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**30), (_TOP_PAD, 2**26)):
-        mallopt(parameter, ctypes.c_int(size))
+    for parameter, size in zip((_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD), KEEP.values(), strict=True):
+        mallopt(parameter, ctypes.c_int(int(size)))
