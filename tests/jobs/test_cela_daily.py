@@ -253,4 +253,4 @@ def test_a_day_without_text_takes_the_embeddings_in_its_place(ray_cluster, optio
             present = np.flatnonzero(release.catalog.present)
             np.testing.assert_allclose(found[present], (weight / scale)[present], rtol=1e-4, atol=1e-6)
     report = json.loads((folder / "report.json").read_text())
-    assert {"id", "cela"} == set(report["models"]) and "roma" not in report["stages"]
+    assert {"id", "cela"} <= set(report["models"]) and "roma" not in report["stages"]
