@@ -13,8 +13,9 @@ KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**3
 def keep_freed_memory() -> None:
     """Keep up to a GiB of freed memory in this process, large blocks too, for the next step to use.
 
-    glibc otherwise returns it to the system after each step, and page by page gets it back: a third of the time of a
-    DIN step on a CPU. Environment variables such as `MALLOC_TRIM_THRESHOLD_` win; other C libraries are left alone.
+    glibc otherwise returns it to the system after each step, and page by page gets it back: a fifth to a quarter of the
+    time of a DIN step on a CPU (`benchmarks/train_step.py`). Environment variables such as `MALLOC_TRIM_THRESHOLD_`
+    win; other C libraries are left alone.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or not hasattr(ctypes.CDLL(None), "mallopt"):
         return

@@ -14,8 +14,9 @@ import ray.train
 from ray.train import DataConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
+from ctrdist.checkpoint import Progress
 from ctrdist.group import DistributedGroup, Group
-from ctrdist.loop import LoopConfig, Progress, Record, fit
+from ctrdist.loop import LoopConfig, Record, fit
 from ctrdist.sharded import is_collective
 from ctrdist.storage import Manifest, State
 from ctrdist.tasks import Task

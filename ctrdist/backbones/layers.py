@@ -64,8 +64,7 @@ class GlobalBatchNorm(nn.Module):
 class _Normalise(torch.autograd.Function):
     """(x - mean) / sqrt(var + eps), where mean and variance are those of the rows of all workers.
 
-    The gradient through the two is written out (Ioffe and Szegedy, 2015): a quarter of the passes over x that autograd
-    would take.
+    The gradient through the two is written out (Ioffe and Szegedy, 2015): fewer passes over x than autograd would take.
     """
 
     @staticmethod

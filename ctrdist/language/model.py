@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from ctrdist.errors import UserError, nearest
 from ctrdist.language import source
 from ctrdist.language.lora import ADAPTER, LoraConfig, add_lora, merged_state
+from ctrdist.optim import split_decay
 
 POOLINGS = ("cls", "mean", "last", "first-last", "top-2")
 _MODES = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
@@ -182,7 +183,7 @@ class LanguageModel(nn.Module):
     def parameter_groups(self, lr: float, weight_decay: float, drawn_lr: float | None = None) -> list[dict[str, Any]]:
         """AdamW groups of what is trained: all parameters but poolers, or with adapters these and what was drawn.
 
-        No weight decay on biases and normalisation (see `decayed`).
+        No weight decay on biases and normalisation (see `split_decay`).
 
         Args:
             lr: learning rate of the loaded parameters; adapters have their own (`LoraConfig.lr`).
@@ -194,8 +195,8 @@ class LanguageModel(nn.Module):
         if self.lora is not None:
             loaded, lr = [(name, p) for name, p in loaded if ADAPTER in name], self.lora.lr
             drawn_lr = self.lora.lr if drawn_lr is None else drawn_lr
-        groups = decayed(loaded, lr, weight_decay) + decayed(drawn, lr if drawn_lr is None else drawn_lr, weight_decay)
-        return [group for group in groups if group["params"]]
+        rates = ((loaded, lr), (drawn, lr if drawn_lr is None else drawn_lr))
+        return [group for named, rate in rates for group in split_decay([p for _, p in named], rate, weight_decay)]
 
     def save(self, folder: str | Path) -> None:
         """Write weights (safetensors, with the head if there is one), configuration, tokenizer and pooling.
@@ -281,16 +282,6 @@ def _digest(state: dict[str, Tensor], salt: str) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
-
-
-def decayed(named: list[tuple[str, nn.Parameter]], lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Two AdamW groups: matrices with `weight_decay`, and without it what has one dimension (biases, LayerNorm)."""
-    matrices = [p for _, p in named if p.ndim > 1]
-    vectors = [p for _, p in named if p.ndim < 2]
-    return [
-        {"params": matrices, "lr": lr, "weight_decay": weight_decay},
-        {"params": vectors, "lr": lr, "weight_decay": 0.0},
-    ]
 
 
 _POSITIONS_FROM_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")

@@ -9,10 +9,10 @@ from torch import Tensor
 from ctrdist.errors import UserError
 from ctrdist.group import Group
 from ctrdist.language.encoder import TextEncoder
-from ctrdist.language.model import decayed
 from ctrdist.language.parts import in_parts
 from ctrdist.language.tokens import TokenBatch
 from ctrdist.losses import NEGATIVES, SIMILARITIES, among, global_mean, in_batch_logits, symmetric_info_nce
+from ctrdist.optim import split_decay
 from ctrdist.tasks import Task, check_text_options
 
 
@@ -142,7 +142,7 @@ class ItemAlignment(Task):
         """The language model at `lr`, if it is trained, and the head at `head_lr`; no weight decay on biases and
         LayerNorm."""
         config, encoder = self.config, self.encoder
-        head = decayed(list(encoder.head.named_parameters()), config.head_lr, config.head_weight_decay)
+        head = split_decay(list(encoder.head.parameters()), config.head_lr, config.head_weight_decay)
         if config.freeze_language_model:
             return head
         return encoder.language_model.parameter_groups(config.lr, config.weight_decay) + head

@@ -20,12 +20,13 @@ from ctrdist.backbones import BackboneConfigs
 from ctrdist.backbones.dcnv2 import Config as DCNv2Config
 from ctrdist.backbones.din import Config as DINConfig
 from ctrdist.batch import Batch, Lookup, collate
+from ctrdist.checkpoint import Progress, load_checkpoint
 from ctrdist.embedding import EmbeddingTable
 from ctrdist.errors import UserError
 from ctrdist.export import WEIGHTS, load_click_model, save_click_model
 from ctrdist.group import Group
 from ctrdist.items import Catalog
-from ctrdist.loop import LoopConfig, Progress, fit, load_checkpoint, make_optimizer, prefetch
+from ctrdist.loop import LoopConfig, fit, make_optimizer, prefetch
 from ctrdist.optim import RowAdam
 from ctrdist.schema import Field, Schema
 from ctrdist.sharded import is_collective
