@@ -47,6 +47,9 @@ class Interacting(nn.Module):
 class AutoInt(Backbone):
     """AutoInt: representation = the fields after the interacting layers, joined (eq. 9), then the deep network's."""
 
+    lr = 3e-3
+    table_lr = 1e-2
+
     def __init__(self, shape: Shape, config: Config) -> None:
         super().__init__()
         fields, out = shape.fields + shape.history_fields, config.heads * config.units

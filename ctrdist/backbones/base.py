@@ -46,11 +46,16 @@ class Backbone(nn.Module):
 
     A subclass sets `width` (H), takes `(shape: Shape, config: Config)` and implements `represent`. One file each; its
     `Config` holds the hyper-parameters, with the paper's values as defaults. A subclass whose paper has a linear part
-    over single features sets `first_order`, and gets their weights as `Inputs.first_order`.
+    over single features sets `first_order`, and gets their weights as `Inputs.first_order`: stored numbers times
+    `first_order_scale`, by which they are learnt so much faster than embeddings. `lr` and `table_lr` are the learning
+    rates that suit it, its own and that of its tables (`docs/backbones.md`).
     """
 
     width: int
     first_order = False
+    first_order_scale = 1.0
+    lr = 1e-3
+    table_lr = 3e-3
 
     def represent(self, inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(representation [B, H], direct [B], auxiliary losses by name, each a global mean; empty for most)."""

@@ -31,6 +31,9 @@ class FiGNN(Backbone):
     weights. y_i and a_i, the paper's MLP_1 and MLP_2, are linear in h_i.
     """
 
+    lr = 3e-3
+    table_lr = 1e-2
+
     def __init__(self, shape: Shape, config: Config) -> None:
         super().__init__()
         self.nodes, self.steps = shape.fields + shape.history_fields, config.steps

@@ -26,6 +26,8 @@ class FM(Backbone):
     """
 
     first_order = True
+    first_order_scale = 30.0
+    table_lr = 1e-2
 
     def __init__(self, shape: Shape, config: Config) -> None:
         super().__init__()

@@ -39,9 +39,9 @@ class ClickConfig:
         batch_size: rows of a global batch, over all workers.
         order: `shuffled`: an epoch's rows in any order. `chronological`: its days in order, rows shuffled within a day;
             with `epochs` 1 each row is seen once, the newest last.
-        lr: learning rate of the network.
+        lr: learning rate of the network; 0 takes the network's own (`Backbone.lr`).
         weight_decay: AdamW's, on the network's matrices.
-        table_lr: learning rate of the embedding tables.
+        table_lr: learning rate of the embedding tables; 0 takes the network's own (`Backbone.table_lr`).
         table_decay: L2 coefficient on the rows a batch touches; for `adamw`, decay of every row at every step.
         table_optimizer: `adam`, `adamw`, row-wise `adagrad` (one number a row), or `sgd` (none).
         table_store: `replicated`: every worker has the tables. `sharded`: each has some of their rows. `auto`:
@@ -65,10 +65,10 @@ class ClickConfig:
     patience: int = 0
     batch_size: int = 1024
     order: Literal["shuffled", "chronological"] = "shuffled"
-    lr: float = 1e-3
+    lr: float = 0.0
     weight_decay: float = 1e-2
-    table_lr: float = 1e-3
-    table_decay: float = 1e-2
+    table_lr: float = 0.0
+    table_decay: float = 0.0
     table_optimizer: Literal["adam", "adamw", "adagrad", "sgd"] = "adam"
     table_store: Store = "auto"
     table_memory_gib: float = 8.0
@@ -157,8 +157,9 @@ class ClickModel(Task):
         self.row_names = [f.name for f in schema.row_fields]
         self.item_names = [f.name for f in schema.item]
         # A field's weight of the first order, for backbones that have them, is one more column of its table.
-        self.columns = config.dim + backbones.network(config.backbone).first_order
-        optimizer = ROW_OPTIMIZERS[config.table_optimizer](lr=config.table_lr, weight_decay=config.table_decay)
+        network = backbones.network(config.backbone)
+        self.columns = config.dim + network.first_order
+        optimizer = ROW_OPTIMIZERS[config.table_optimizer](config.table_lr or network.table_lr, config.table_decay)
         names, storage = self.row_names + self.item_names, getattr(torch, config.table_precision)
         widths = dict.fromkeys(names, self.columns) | field_widths(config, names)
         kind = choose_store(
@@ -183,6 +184,7 @@ class ClickModel(Task):
             self.text_field = TextField(text_dim, config.dim, self.fuse) if self.fuse else None
             if self.fuse and self.columns > config.dim:
                 self.text_weight = nn.Linear(config.dim, 1, bias=False)
+                nn.init.zeros_(self.text_weight.weight)
             self.projections = Tables(
                 {n: nn.Linear(w, self.columns, bias=False) for n, w in widths.items() if w != self.columns}
             )
@@ -207,7 +209,7 @@ class ClickModel(Task):
         mask = batch.history != 0
         inputs = Inputs(fields, history[:, :, : len(self.target)], mask, self.target)
         if self.columns > self.config.dim:
-            first_order = all_fields(inputs)[:, :, -1]
+            first_order = all_fields(inputs)[:, :, -1] * self.backbone.first_order_scale
             fields, history = fields[:, :, :-1], inputs.history[..., :-1]
             inputs = Inputs(fields, history, mask, self.target, first_order)
         return inputs
@@ -240,7 +242,7 @@ class ClickModel(Task):
     def parameter_groups(self) -> list[dict[str, Any]]:
         frozen = set(self.text_field.mlp.parameters()) if self.fuse and self.fuse.frozen else set()
         trained = [p for p in self.parameters() if p not in frozen]
-        return split_decay(trained, self.config.lr, self.config.weight_decay)
+        return split_decay(trained, self.config.lr or self.backbone.lr, self.config.weight_decay)
 
     def grow(self, sizes: dict[str, int]) -> None:
         """Add rows for ids that have come since; the others stay as they are."""

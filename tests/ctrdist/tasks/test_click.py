@@ -174,7 +174,7 @@ def test_the_loss_is_the_log_loss_of_what_it_predicts(name: str, text_dim: int):
     model, (batch, _) = model_of(name, text_dim), world()
     with torch.no_grad():
         for table in tables_of(model):
-            table.weight /= 4  # a factorization machine's sums of products would round to certainty
+            table.weight /= 32  # a factorization machine's sums would round to certainty
     out, probability = model(batch), model.predict(batch).detach()
     assert probability.dtype == torch.float32 and ((probability > 0) & (probability < 1)).all()
     expected = log_loss(batch.label.numpy(), probability.double().numpy())
@@ -270,6 +270,13 @@ def test_seed_and_parameter_groups():
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters()}
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.5, 0.25), (0.5, 0.0)]
     assert {(t.optimizer.lr, t.optimizer.weight_decay) for t in tables_of(model)} == {(0.125, 0.0625)}
+
+
+@pytest.mark.parametrize(("backbone", "lr", "table_lr"), [("din", 1e-3, 3e-3), ("autoint", 3e-3, 1e-2)])
+def test_a_network_has_learning_rates_of_its_own(backbone, lr, table_lr):
+    model = ClickModel(SCHEMA, SIZES, ClickConfig(backbone=backbone))
+    assert {g["lr"] for g in model.parameter_groups()} == {lr}
+    assert {t.optimizer.lr for t in tables_of(model)} == {table_lr}
 
 
 def test_a_share_of_items_is_shown_as_unknown_in_training_only():
