@@ -129,7 +129,6 @@ def alignment_task(
     lm: LanguageModelConfig,
     counts: np.ndarray | None,
     seed: int,
-    pooling: str = "auto",
 ) -> ItemAlignment:
     """ROMA of a language model; the projection head goes on where it was or, if it is another, is drawn by `seed`.
 
@@ -138,12 +137,11 @@ def alignment_task(
         targets: float32 [catalog rows, F_item * d] (`alignment_targets`).
         lm: how the language model is trained.
         counts: training rows by catalog row; needed with a `popularity_power` other than 0.
-        pooling: as `LanguageModel.load` takes it.
     """
     torch.manual_seed(seed)
     encoder = TextEncoder.load(folder) if (folder / HEAD).exists() else None
     if encoder is None or (encoder.widths, encoder.norm) != ((*config.head_hidden, targets.shape[1]), config.head_norm):
-        model = LanguageModel.load(str(folder), pooling)
+        model = LanguageModel.load(str(folder))
         encoder = TextEncoder(model, targets.shape[1], config.head_hidden, norm=config.head_norm)
     encoder.into_table = config.freeze_language_model  # or the table would be as if nothing had been aligned
     if not config.freeze_language_model:
