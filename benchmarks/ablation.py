@@ -308,7 +308,7 @@ def show(found: list[dict[str, Any]], options: Options, log: Log) -> None:
         what = line["variant"] if options.table == 4 else f"{line['backbone']} {line['variant']}"
         shown += ["" if bare else f"{line['lm_seconds'].mean():.0f}", f"{line['seconds'].mean():.0f}"]
         table.add_row(what, "" if bare else str(line["lm_seed"]), *shown)
-    Console(width=130).print(table)
+    Console(width=140).print(table)
 
 
 def spread(values: np.ndarray) -> float:

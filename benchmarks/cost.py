@@ -12,6 +12,9 @@ the text of each distinct item once. Both models answer the same requests in tur
 
 A later day is one on which DAP is not due: warm epochs of the ID model and of MF² on a new day's rows, which are the
 validation days' here, warm epochs of ROMA on all items, and all items encoded.
+
+In the paper, on AppGallery, MF² takes 1.30 times DIN's training, all of CELA 3.1 times, CTRL 9.6 times CELA, and a
+batch is scored in 1.13 times DIN's milliseconds.
 """
 
 import json
