@@ -43,13 +43,13 @@ def outcome(options: Options, capsys) -> dict:
     return json.loads(capsys.readouterr().out.rstrip().splitlines()[-1])
 
 
-def outputs(options: Options) -> dict[str, tuple[str, int]]:
+def outputs(options: Options) -> dict[str, str]:
     """By kind and name, each output's own folder, which another try would give another name."""
     found = (options.keep / "ablation").glob("*/*.json")
     return {f"{p.parent.name}/{p.stem}": json.loads(p.read_text())["folder"] for p in found}
 
 
-def test_a_rerun_computes_nothing_and_a_change_only_what_depends_on_it(options, capsys, monkeypatch):
+def test_a_rerun_computes_nothing_and_another_backbone_only_what_depends_on_it(options, capsys, monkeypatch):
     first = outcome(options, capsys)
     assert [(r["variant"], r["lm_seed"], r["seed"]) for r in first["rows"]] == [
         (ID, None, 0), (ID, None, 1), (CELA, 0, 0), (CELA, 0, 1), (CELA, 1, 0), (CELA, 1, 1),
@@ -68,10 +68,16 @@ def test_a_rerun_computes_nothing_and_a_change_only_what_depends_on_it(options, 
         assert outcome(options, capsys) == first
     assert outputs(options) == done
 
-    changed = outcome(replace(options, variants=("on-target",), lm_seeds=(0,)), capsys)
-    assert len(changed["rows"]) == 4 and changed["rows"][:2] == first["rows"][:2]
-    assert sorted(set(outputs(options)) - set(done), key=str)[0].startswith("cells/")
-    assert len(outputs(options)) == len(done) + 2
+    # On another backbone DAP is the same; the ID model, its alignment, its table and MF² are not.
+    five = outcome(replace(options, table=5, backbones=("dnn", "deepfm"), seeds=(1,), lm_seeds=(1,)), capsys)
+    assert [(r["backbone"], r["variant"]) for r in five["rows"]] == [
+        ("dnn", ID), ("dnn", CELA), ("deepfm", ID), ("deepfm", CELA)
+    ]  # fmt: skip
+    assert five["rows"][:2] == [first["rows"][1], first["rows"][5]]
+    gain = five["rows"][3]["auc"] - five["rows"][2]["auc"]
+    assert five["ratios"]["gain_auc_deepfm"] == pytest.approx(gain)
+    new = sorted(name.split("/")[0] for name in set(outputs(options)) - set(done))
+    assert new == ["cells", "cells", "roma", "tables"]
 
 
 def test_lines_are_means_over_seeds_and_a_paired_test():
