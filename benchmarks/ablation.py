@@ -13,7 +13,7 @@ depends on something that has changed; what the code does is not among these.
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,6 +36,7 @@ from benchmarks.cells.click import score, train_click  # noqa: E402
 from benchmarks.cells.kept import find, once  # noqa: E402
 from benchmarks.cells.log import Log  # noqa: E402
 from benchmarks.cells.options import LogOptions, kept_in  # noqa: E402
+from ctrdist import backbones  # noqa: E402
 from ctrdist.config import to_dict  # noqa: E402
 from ctrdist.language import source as language_models  # noqa: E402
 from ctrdist.language.encode import EncodeConfig  # noqa: E402
@@ -220,28 +221,24 @@ class Study:
         """Name of a variant's text table, and seconds of the stages that made it, here or where they are shared."""
         if options.fuse.source == "id":
             return self.stage("tables", id_model.name, make=partial(self.table_of_embeddings, id_model.name)).name, 0.0
-        lm, log, state = to_dict(options.lm), self.log, self.state
-        made_of = [to_dict(options.pretrain), seed, log.text_fingerprint] if options.pretrain.epochs else []
-        identity = language_models.identity(options.lm.name)
-        stages = [
-            self.stage("dap", lm, identity, *made_of, make=partial(
-                language.pretrain, log, options.lm, options.pretrain, seed))
-        ]  # fmt: skip
+        log, local, lm = self.log, self.state.local, options.lm
+        made_of = [to_dict(lm), language_models.identity(lm.name)]
+        if options.pretrain.epochs:
+            made_of += [to_dict(options.pretrain), seed, log.text_fingerprint]
+        dap = self.stage("dap", *made_of, make=partial(language.pretrain, log, lm, options.pretrain, seed))
+        stages, name = [dap], dap.name
         if options.align.epochs:
-            before = stages[-1].name
-            stages.append(self.stage(
-                "roma", lm, before, id_model.name, to_dict(options.align), seed, log.fingerprint,
-                make=lambda out: language.align(log, options.lm, state.local(before), np.load(
-                    state.local(id_model.name) / TARGETS), options.align, seed, out),
-            ))  # fmt: skip
-        last = stages[-1].name
-        stages.append(self.stage(
-            "tables", last, to_dict(options.encode), log.text_fingerprint,
-            make=lambda out: language.encode(log, state.local(last), options.encode, out),
-        ))  # fmt: skip
+            made_of = [to_dict(lm), name, id_model.name, to_dict(options.align), seed, log.fingerprint]
+            targets = np.load(local(id_model.name) / TARGETS)
+            align = partial(language.align, log, lm, local(name), targets, options.align, seed)
+            stages.append(self.stage("roma", *made_of, make=align))
+            name = stages[-1].name
+        made_of = [name, to_dict(options.encode), log.text_fingerprint]
+        encode = partial(language.encode, log, local(name), options.encode)
+        stages.append(self.stage("tables", *made_of, make=encode))
         return stages[-1].name, sum(stage.facts["seconds"] for stage in stages)
 
-    def stage(self, kind: str, *inputs: Any, make: Any) -> Manifest:
+    def stage(self, kind: str, *inputs: Any, make: Callable[[Path], dict[str, Any]]) -> Manifest:
         """An output of the language model's, made by all cores if it is not there."""
         known = find(self.state, kind, *inputs)
         made = known or once(self.state, kind, *inputs, make=make)
@@ -339,6 +336,8 @@ def main(options: Options) -> None:
     unknown = set(options.variants) - set(VARIANTS)
     if unknown:
         raise SystemExit(f"--variants: unknown {', '.join(sorted(unknown))}; known: {', '.join(VARIANTS)}")
+    for backbone, _, _ in options.plan():
+        backbones.check(backbone)
     processes = options.processes or len(os.sched_getaffinity(0))
     with kept_in(options.keep) as folder:
         log = options.log.open(folder)
