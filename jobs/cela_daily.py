@@ -15,18 +15,12 @@ from ctrdist.language.model import check_model
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig, FuseConfig
 from ctrdist.tasks.pretrain import PretrainConfig
+from ctrdist.text_training import LanguageModelConfig
 from raycluster import cli, registry, reporting
 from raycluster.day import Day, DayOptions, run_day
 from raycluster.stages.click import train_click
 from raycluster.stages.evaluate import evaluate
-from raycluster.stages.language import (
-    LanguageModelConfig,
-    align,
-    encode,
-    pretrain,
-    pretraining_due,
-    table_of_embeddings,
-)
+from raycluster.stages.language import align, encode, pretrain, pretraining_due, table_of_embeddings
 from raycluster.stages.read import read_log
 
 

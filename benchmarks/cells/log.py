@@ -1,17 +1,21 @@
 """A prepared log in memory, encoded."""
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ctrdist.batch import Batch, collate
+from ctrdist.draws import held_out
 from ctrdist.epoch import plan_pass, read_chunk
-from ctrdist.items import Catalog, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
+from ctrdist.items import Catalog, Ragged, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
 from ctrdist.log import Window, list_days, list_row_groups
 from ctrdist.scan import grow_encoders, item_counts, scan_row_group, sum_scans
 from ctrdist.schema import Schema
@@ -48,6 +52,33 @@ class Log:
     valid: pa.Table
     test: pa.Table
 
+    @property
+    def items_with_text(self) -> np.ndarray:
+        """Catalog rows of the items that have a text, ascending, int64."""
+        items = self.catalog.items
+        return items[pc.binary_length(self.texts).to_numpy()[items] > 0]
+
+    def with_texts_of(self, share: float) -> "Log":
+        """The same log, in which only a share of the items, drawn by their rows, has its text."""
+        kept = held_out(np.arange(self.catalog.size), share, 0)
+        return replace(self, texts=pc.if_else(pa.array(kept), self.texts, pa.scalar("", self.texts.type)))
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """Sixteen hex digits that change with any item's text."""
+        return _digest(pa.table({"text": self.texts, "present": self.catalog.present}))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with any row, item field or text."""
+        columns = {}
+        for name, column in self.catalog.fields.items():
+            parts = {"values": column.values, "offsets": column.offsets} if isinstance(column, Ragged) else {"": column}
+            columns |= {f"{name} {part}": pa.table({part: values}) for part, values in parts.items()}
+        sizes = pa.table({name: [size] for name, size in sorted(self.sizes.items())})
+        own = _digest(self.train, self.valid, self.test, *(columns[name] for name in sorted(columns)), sizes)
+        return hashlib.sha256(f"{own} {self.text_fingerprint}".encode()).hexdigest()[:16]
+
     def batches(
         self, rows: pa.Table, size: int, seed: tuple[int, ...] | None = None, text_table: np.ndarray | None = None
     ) -> Iterator[Batch]:
@@ -58,12 +89,27 @@ class Log:
             yield collate(rows.slice(start, size), self.schema, self.catalog, text_table)
 
 
-def prepare_movietweetings(source: Path, out: Path) -> None:
-    """MovieTweetings in the canonical layout, unless it is there."""
+def _digest(*tables: pa.Table) -> str:
+    digest = hashlib.sha256()
+    for table in tables:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        digest.update(sink.getvalue())
+    return digest.hexdigest()[:16]
+
+
+def prepare_movietweetings(source: Path, out: Path, texts: Path | None = None) -> None:
+    """MovieTweetings in the canonical layout, unless it is there.
+
+    Args:
+        texts: JSON lines with `item_id` and `text`.
+    """
     if not source.is_dir():
         raise SystemExit(f"{source}: no such folder; --source names the dataset's own files")
     if not (out / "schema.yaml").exists():
         prepare = [sys.executable, str(ROOT / "jobs" / "prepare.py"), "movietweetings", "--source", str(source)]
+        prepare += ["--item-text", str(texts)] if texts else []
         subprocess.run([*prepare, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -80,8 +126,12 @@ def last_fifth(data: str, days: int = 0, valid_days: int = 7) -> Window:
     return Window(tuple(days_[: cut - valid_days]), tuple(days_[cut - valid_days : cut]), tuple(days_[cut:]))
 
 
-def open_log(data: str, window: Window, quarantine: Path) -> Log:
-    """Check and encode the days of a window; vocabularies and counts are of its training days."""
+def open_log(data: str, window: Window, quarantine: Path, keep: tuple[str, ...] = ()) -> Log:
+    """Check and encode the days of a window; vocabularies and counts are of its training days.
+
+    Args:
+        keep: columns of the log that its rows have as they are besides, named `raw.` and their name.
+    """
     schema, files = Schema.load(f"{data}/schema.yaml"), list_days(data)
     groups = {name: list_row_groups(data, files, getattr(window, name), schema) for name in ("train", "valid", "test")}
     items = read_items(data, schema)
@@ -96,7 +146,7 @@ def open_log(data: str, window: Window, quarantine: Path) -> Log:
 
     def read(name: str) -> pa.Table:
         chunks = plan_pass(groups[name])
-        return pa.concat_tables(read_chunk(data, c, schema, encoders, catalog) for c in chunks).combine_chunks()
+        return pa.concat_tables(read_chunk(data, c, schema, encoders, catalog, keep) for c in chunks).combine_chunks()
 
     sizes = table_sizes(encoders, schema)
     return Log(schema, catalog, sizes, counts, pa.array(texts, pa.large_string()), *map(read, groups))

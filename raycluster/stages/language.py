@@ -2,7 +2,6 @@
 
 import datetime as dt
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from ctrdist.batch import Lookup
 from ctrdist.config import to_dict
-from ctrdist.draws import held_out
-from ctrdist.errors import UserError
 from ctrdist.export import load_click_model
-from ctrdist.items import ItemTexts, Ragged, item_batches, most_popular
+from ctrdist.items import ItemTexts, most_popular
 from ctrdist.language import source
 from ctrdist.language.encode import EncodeConfig, Source
-from ctrdist.language.encoder import HEAD, TextEncoder
-from ctrdist.language.lora import LoraConfig
 from ctrdist.language.model import LanguageModel, draws_head
 from ctrdist.language.tokenizer import StoredTokens
-from ctrdist.language.tokens import TokenBatch, pad
-from ctrdist.loop import LoopConfig
+from ctrdist.language.tokens import TokenBatch
 from ctrdist.optim import Precision
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.align import AlignConfig, ItemAlignment
 from ctrdist.tasks.pretrain import DomainAdaptivePretraining, PretrainConfig
 from ctrdist.text_table import create_text_table, seal_text_table
+from ctrdist.text_training import (
+    LanguageModelConfig,
+    alignment_targets,
+    alignment_task,
+    pretraining_task,
+    split_items,
+    text_batches,
+    text_loop,
+)
 from ctrdist.vocabulary import Vocabulary
 from raycluster.day import Day, Progress, say
 from raycluster.encoder import encode_items
@@ -36,34 +38,6 @@ from raycluster.ingest import LogReader
 from raycluster.stages.read import Read
 from raycluster.tokens import stored_tokens
 from raycluster.trainer import Training, train
-
-
-@dataclass(frozen=True)
-class LanguageModelConfig:
-    """The language model to start from.
-
-    Args:
-        name: a Hugging Face name or a local folder.
-        pooling: `cls`, `mean`, `last`, `first-last` or `top-2`; `auto` takes the model's own, else `cls` for encoders
-            and `last` for decoders.
-        precision: `auto` trains in bfloat16 where the chip computes in it.
-        gradient_checkpointing: keep each layer's input only and compute the rest again in the backward pass: memory of
-            about one layer, for one more forward pass.
-        lora: low-rank adapters in place of training all weights; the default for decoders.
-    """
-
-    name: str = "sentence-transformers/all-MiniLM-L6-v2"
-    pooling: str = "auto"
-    precision: Precision = "auto"
-    gradient_checkpointing: bool = False
-    lora: LoraConfig = field(default_factory=LoraConfig)
-
-    def prepare(self, model: LanguageModel) -> LanguageModel:
-        """The model, ready to be trained as the options say."""
-        model.adapt(self.lora)
-        if self.gradient_checkpointing:
-            model.checkpoint_layers()
-        return model
 
 
 def pretraining_due(day: Day, lm: LanguageModelConfig, config: PretrainConfig) -> bool:
@@ -106,7 +80,7 @@ def pretrain(day: Day, read: Read, lm: LanguageModelConfig, config: PretrainConf
             lm.precision,
             metrics_file,
             partial(_text_batches, day.state.uri, _tokens(day, read, Source(lm.name), config.max_length)),
-            task=partial(_pretrain_task, lm, config, day.options.seed),
+            task=partial(pretraining_task, lm, config, day.options.seed),
             save=_save_language_model,
             facts={"date": str(day.date), "lm": to_dict(lm)},
         )
@@ -191,37 +165,22 @@ def _text_training(
     **parts: Any,
 ) -> Training:
     """A training on items' texts, with some of them held out where `config` says so."""
-    seed, batch = day.options.seed, config.batch_size
-    held = held_out(items, config.valid_share, seed)
-    if config.valid_share and not (held.any() and not held.all()):
-        raise UserError(
-            f"{name}: valid_share {config.valid_share}: {held.sum()} of {len(items)} items are held out, which leaves "
-            "nothing to train or to validate on; choose another share"
-        )
-    loop = LoopConfig(
-        steps_per_epoch=-(-int((~held).sum()) // batch),
-        epochs=epochs,
-        patience=config.patience,
-        schedule="linear",
-        warmup=config.warmup,
-        clip_norm=config.clip_norm,
-        precision=precision,
-        seed=seed,
-    )
+    seed = day.options.seed
+    trained, held = split_items(items, config, seed, name)
 
     def passes(of: np.ndarray, count: int) -> Callable[[int, int, int], Iterator[TokenBatch]]:
-        return partial(batches, of, batch, seed, count)
+        return partial(batches, of, config.batch_size, seed, count)
 
     return Training(
         state=day.state.uri,
         output=name,
         inputs=inputs,
-        loop=loop,
-        batch_size=batch,
+        loop=text_loop(config, len(trained), epochs, precision, seed),
+        batch_size=config.batch_size,
         metrics=metrics_file,
-        batches=passes(items[~held], epochs),
-        valid_batches=passes(items[held], 1) if held.any() else None,
-        facts={"rows": int((~held).sum())} | facts,
+        batches=passes(trained, epochs),
+        valid_batches=passes(held, 1) if len(held) else None,
+        facts={"rows": len(trained)} | facts,
         **parts,
     )
 
@@ -249,21 +208,9 @@ def _text_batches(
     workers: int,
     step: int,
 ) -> Iterator[TokenBatch]:
-    """A worker's share of each global batch of items from `step` on."""
+    """`text_batches` of an output with tokens."""
     stored = StoredTokens.load(State(state).local(tokens))
-    steps = -(-len(items) // batch)
-    share = batch // workers
-    for epoch in range(step // steps, epochs):
-        for number, rows in enumerate(item_batches(items, batch, seed, epoch)):
-            if epoch * steps + number >= step:
-                own = rows[rank * share : (rank + 1) * share]
-                yield pad(stored.take(own), own, stored.padding, epoch)
-
-
-def _pretrain_task(lm: LanguageModelConfig, config: PretrainConfig, seed: int) -> DomainAdaptivePretraining:
-    torch.manual_seed(seed)
-    model = lm.prepare(LanguageModel.load(lm.name, lm.pooling, head=config.mlm_weight > 0))
-    return DomainAdaptivePretraining(model, config, seed)
+    return text_batches(stored, items, batch, seed, epochs, rank, workers, step)
 
 
 def _align_task(
@@ -277,42 +224,13 @@ def _align_task(
     seed: int,
 ) -> ItemAlignment:
     store = State(state)
-    torch.manual_seed(seed)
-    targets = item_embeddings(store, read, model)
-    folder, encoder = store.local(lm), None
-    if (folder / HEAD).exists():
-        encoder = TextEncoder.load(folder)
-    if encoder is None or (encoder.widths, encoder.norm) != ((*config.head_hidden, targets.shape[1]), config.head_norm):
-        encoder = TextEncoder(
-            LanguageModel.load(str(folder)), targets.shape[1], config.head_hidden, norm=config.head_norm
-        )
-    encoder.into_table = config.freeze_language_model  # or the table would be as if nothing had been aligned
-    if not config.freeze_language_model:
-        options.prepare(encoder.language_model)
-    return ItemAlignment(encoder, targets, config, None if counts is None else torch.from_numpy(counts))
+    return alignment_task(store.local(lm), item_embeddings(store, read, model), config, options, counts, seed)
 
 
-def item_embeddings(state: State, read: str, model: str, block: int = 65536) -> torch.Tensor:
-    """A click model's item-side embeddings, joined, by catalog row: float32 [rows, F_item * d] (CELA, eq. 8).
-
-    Each field is scaled to unit mean square: how small embeddings are is a matter of their decay, and no field should
-    count more, nor a temperature of 1 mean less, because of it.
-    """
-    reader = LogReader("", state.uri, read)
-    schema, _, catalog = reader.open()
-    click = load_click_model(state.local(model), schema)
-    out = torch.zeros(catalog.size, len(schema.item) * click.config.dim)
-    for start in range(0, catalog.size, block):
-        rows = np.arange(start, min(start + block, catalog.size))
-        fields = {}
-        for f in schema.item:
-            column = catalog.fields[f.name]
-            values = column.take(rows) if isinstance(column, Ragged) else np.asarray(column[rows])
-            fields[f.name] = Lookup.of(values)
-        out[start : start + len(rows)] = click.item_embeddings(fields)
-    by_field = out.unflatten(1, (-1, click.config.dim))
-    scale = by_field[1:].square().mean((0, 2), keepdim=True).sqrt().clamp(min=1e-12)
-    return (by_field / scale).flatten(1)
+def item_embeddings(state: State, read: str, model: str) -> torch.Tensor:
+    """`alignment_targets` of an output with a click model."""
+    schema, _, catalog = LogReader("", state.uri, read).open()
+    return alignment_targets(load_click_model(state.local(model), schema), schema, catalog)
 
 
 def table_of_embeddings(day: Day, stage: str, read: Read, model: Manifest) -> Manifest:

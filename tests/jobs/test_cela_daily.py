@@ -22,8 +22,8 @@ from ctrdist.storage import State
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig, FuseConfig
 from ctrdist.tasks.pretrain import PretrainConfig
+from ctrdist.text_training import LanguageModelConfig
 from jobs import cela_daily as JOB
-from raycluster.stages.language import LanguageModelConfig
 
 FIRST, SECOND = dt.date(2024, 1, 4), dt.date(2024, 1, 5)
 

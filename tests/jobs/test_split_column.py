@@ -19,8 +19,8 @@ from ctrdist.storage import State
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.pretrain import PretrainConfig
+from ctrdist.text_training import LanguageModelConfig
 from jobs import cela_daily as JOB
-from raycluster.stages.language import LanguageModelConfig
 
 
 @pytest.fixture(scope="module")

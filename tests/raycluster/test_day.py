@@ -10,8 +10,9 @@ from ctrdist.errors import UserError
 from ctrdist.schema import Schema
 from ctrdist.storage import State
 from ctrdist.tasks.pretrain import PretrainConfig
+from ctrdist.text_training import LanguageModelConfig
 from raycluster.day import DayOptions, latest_release, open_day
-from raycluster.stages.language import LanguageModelConfig, pretraining_due
+from raycluster.stages.language import pretraining_due
 
 JANUARY = [dt.date(2024, 1, day) for day in range(1, 12)]
 LM = LanguageModelConfig(name="some/model")

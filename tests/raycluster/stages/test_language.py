@@ -10,8 +10,9 @@ from ctrdist.language.encoder import HEAD
 from ctrdist.language.lora import LoraConfig
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.pretrain import PretrainConfig
+from ctrdist.text_training import LanguageModelConfig, pretraining_task
 from raycluster.stages import language
-from raycluster.stages.language import LanguageModelConfig, _align_task, _pretrain_task, _text_training, align
+from raycluster.stages.language import _align_task, _text_training, align
 
 ITEMS = np.arange(2, 1002)
 
@@ -49,7 +50,7 @@ def test_a_share_that_holds_nothing_out_is_refused():
 
 def test_the_language_model_goes_from_stage_to_stage_as_a_plain_one(lm_family, tmp_path: Path, monkeypatch):
     lm = LanguageModelConfig(name=str(lm_family("gpt2")), pooling="top-2", gradient_checkpointing=True)
-    pretrained = _pretrain_task(lm, PretrainConfig(), seed=1)
+    pretrained = pretraining_task(lm, PretrainConfig(), seed=1)
     assert pretrained.language_model.lora == LoraConfig() and pretrained.language_model.has_head
     language._save_language_model(pretrained, tmp_path / "dap")
 

@@ -1,0 +1,115 @@
+"""DAP, ROMA and the text table of a log in memory, in one process: the tasks, loop and encoder of the daily job."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.cells.log import Log
+from ctrdist.items import most_popular
+from ctrdist.language.encode import EncodeConfig, Encoder, Source
+from ctrdist.language.model import LanguageModel
+from ctrdist.language.tokenizer import StoredTokens
+from ctrdist.loop import fit
+from ctrdist.tasks import Task
+from ctrdist.tasks.align import AlignConfig
+from ctrdist.tasks.pretrain import PretrainConfig
+from ctrdist.text_training import (
+    LanguageModelConfig,
+    alignment_task,
+    pretraining_task,
+    split_items,
+    text_batches,
+    text_loop,
+)
+
+TABLE = "table.npy"
+
+
+def pretrain(log: Log, lm: LanguageModelConfig, config: PretrainConfig, seed: int, out: Path) -> dict[str, Any]:
+    """DAP on all items' texts; the language model goes to folder `out`. Without epochs, as it comes.
+
+    Returns:
+        `seconds` of all of it and, of the training, `train_seconds`, `items` and real `tokens` of an epoch.
+    """
+    began, facts = time.perf_counter(), {}
+    if config.epochs:
+        task = pretraining_task(lm, config, seed)
+        items = log.items_with_text
+        facts = _train("dap", task, log, lm, Source(lm.name), config, items, seed)
+        task.language_model.save(out)
+    else:
+        LanguageModel.load(lm.name, lm.pooling).save(out)
+    return facts | {"seconds": time.perf_counter() - began}
+
+
+def align(
+    log: Log, lm: LanguageModelConfig, folder: Path, targets: np.ndarray, config: AlignConfig, seed: int, out: Path
+) -> dict[str, Any]:
+    """ROMA of a folder's language model, on the items with text and training rows; the encoder goes to folder `out`.
+
+    Args:
+        targets: float32 [catalog rows, F_item * d], `alignment_targets` of an ID model.
+
+    Returns:
+        As `pretrain`.
+    """
+    began = time.perf_counter()
+    items = log.items_with_text
+    items = most_popular(items[log.counts[items] > 0], log.counts, config.popular_share)
+    counts = log.counts if config.popularity_power else None
+    task = alignment_task(folder, torch.from_numpy(targets), config, lm, counts, seed)
+    facts = _train("roma", task, log, lm, Source(str(folder)), config, items, seed)
+    task.encoder.save(out)
+    return facts | {"seconds": time.perf_counter() - began}
+
+
+def encode(log: Log, folder: Path, config: EncodeConfig, out: Path) -> dict[str, Any]:
+    """All items' texts by a folder's language model into the text table [catalog rows, width], `table.npy` in `out`.
+
+    Returns:
+        `seconds`, tokenising included, `items` and real `tokens`.
+    """
+    began, source, items = time.perf_counter(), Source(str(folder)), log.catalog.items
+    tokens = tokenize(log, source, items, config.max_length).tokens
+    vectors = Encoder(source.load(), config).encode(tokens)
+    table = np.zeros((log.catalog.size, vectors.shape[1]), vectors.dtype)
+    table[items] = vectors
+    np.save(out / TABLE, table)
+    return {"seconds": time.perf_counter() - began, "items": len(items), "tokens": int(tokens.offsets[-1])}
+
+
+def tokenize(log: Log, source: Source, items: np.ndarray, max_length: int) -> StoredTokens:
+    """The tokens of items' texts, in memory.
+
+    Args:
+        items: int64 [items], catalog rows, ascending.
+    """
+    tokenizer = source.tokenizer(max_length)
+    return StoredTokens(items, tokenizer(log.texts.take(pa.array(items)).to_pylist()), tokenizer.padding)
+
+
+def _train(
+    stage: str,
+    task: Task,
+    log: Log,
+    lm: LanguageModelConfig,
+    source: Source,
+    config: PretrainConfig | AlignConfig,
+    items: np.ndarray,
+    seed: int,
+) -> dict[str, Any]:
+    trained, held = split_items(items, config, seed, stage)
+    tokens = tokenize(log, source, items, config.max_length)
+    size, epochs = config.batch_size, config.epochs
+    progress = fit(
+        task,
+        lambda step: text_batches(tokens, trained, size, seed, epochs, step=step),
+        text_loop(config, len(trained), epochs, lm.precision, seed),
+        valid=(lambda: text_batches(tokens, held, size, seed, 1)) if len(held) else None,
+    )
+    real = int(tokens.take(trained).offsets[-1])
+    return {"train_seconds": progress.seconds, "items": len(trained), "tokens": real}
