@@ -64,7 +64,7 @@ def first_day(ray_cluster, options) -> dict:
 
 @pytest.fixture(scope="module")
 def second_day(first_day, options) -> dict:
-    JOB.run(replace(options, date=SECOND, rounds=2))
+    JOB.run(replace(options, date=SECOND, rounds=2, workers=1))
     return json.loads((Path(options.state) / "releases" / str(SECOND) / "report.json").read_text())
 
 
@@ -236,7 +236,7 @@ def test_too_many_bad_rows_stop_the_job(ray_cluster, options, tmp_path):
 
 
 def test_a_day_without_text_takes_the_embeddings_in_its_place(ray_cluster, options, tmp_path):
-    alone = replace(options, state=str(tmp_path / "state"), ctr=replace(options.ctr, epochs=1),
+    alone = replace(options, state=str(tmp_path / "state"), workers=1, ctr=replace(options.ctr, epochs=1),
                     fuse=replace(options.fuse, source="id"))  # fmt: skip
     with pytest.raises(UserError, match="--fuse.source id reads no text"):
         JOB.run(alone)
