@@ -1,17 +1,21 @@
 """What is read together, and in which order: chunks of rows, for an epoch of training or for one pass in order."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
 
-from ctrdist.encode import encode, fillers
+from ctrdist.encode import VECTOR, encode, fillers
 from ctrdist.errors import UserError
 from ctrdist.fields import Encoder
 from ctrdist.items import Catalog
 from ctrdist.log import RowGroup, find_faults, read_row_group
 from ctrdist.schema import Schema
+
+Beside = Callable[[RowGroup], dict[str, pa.ChunkedArray]]
+"""What reads the columns beside a row group (`ctrdist.beside`), by name."""
 
 CHUNK_ROWS = 131_072
 """Rows of a chunk, more or less: what a task of the stream holds in memory.
@@ -109,27 +113,36 @@ def read_chunk(
     vocabularies: dict[str, Encoder],
     catalog: Catalog,
     keep: tuple[str, ...] = (),
+    beside: Beside | None = None,
 ) -> pa.Table:
     """The rows of a chunk, encoded (`ctrdist.encode`) and in the order of its seed, then its fillers.
+
+    Args:
+        keep: columns to keep as they are.
+        beside: a row group -> what stands beside the log for all of its rows.
 
     Raises:
         UserError: a row group has another number of good rows than the pass that counted them found.
     """
     tables = [
-        encode(read_piece(data, piece, schema, catalog), schema, vocabularies, catalog, keep) for piece in chunk.pieces
+        encode(read_piece(data, piece, schema, catalog, beside), schema, vocabularies, catalog, keep)
+        for piece in chunk.pieces
     ]
     if chunk.seed is not None:
         order = shuffle(chunk, [table.num_rows for table in tables])
         tables = [pa.concat_tables(tables).combine_chunks().take(pa.array(order))]
     if chunk.fillers:
-        tables.append(fillers(schema, chunk.fillers))
+        vector = tables[0].schema.field(VECTOR).type if VECTOR in tables[0].column_names else None
+        tables.append(fillers(schema, chunk.fillers, vector))
     return pa.concat_tables(tables).combine_chunks()
 
 
-def read_piece(data: str, piece: Piece, schema: Schema, catalog: Catalog) -> pa.Table:
-    """Good rows of a row group as they stand in the log."""
+def read_piece(data: str, piece: Piece, schema: Schema, catalog: Catalog, beside: Beside | None = None) -> pa.Table:
+    """Good rows of a row group as they stand in the log, with the columns that stand beside it, if any."""
     group, length = piece.group, None if piece.stop is None else piece.stop - piece.start
     table = read_row_group(data, group, schema)
+    for name, column in beside(group).items() if beside else ():
+        table = table.append_column(name, column)
     clean = group.good == table.num_rows
     if clean:  # then the piece can be cut out before its rows are checked
         table = table.slice(piece.start, length)

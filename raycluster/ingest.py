@@ -12,6 +12,7 @@ import ray
 import ray.data
 
 from ctrdist.allocator import keep_freed_memory
+from ctrdist.beside import BesideLog
 from ctrdist.epoch import Chunk, read_chunk
 from ctrdist.fields import Encoder, load_encoders
 from ctrdist.items import Catalog
@@ -30,11 +31,13 @@ class LogReader:
         data: the prepared log.
         state: URI of the state.
         output: name of the output that holds schema, catalog and vocabularies.
+        beside: name of the files beside the log to read along (`ctrdist.beside`); "" for none.
     """
 
     data: str
     state: str
     output: str
+    beside: str = ""
 
     def open(self) -> tuple[Schema, dict[str, Encoder], Catalog]:
         """Schema, vocabularies and catalog."""
@@ -43,7 +46,8 @@ class LogReader:
     def read(self, chunk: Chunk, keep: tuple[str, ...] = ()) -> pa.Table:
         """The chunk's good rows, encoded (`ctrdist.epoch.read_chunk`)."""
         schema, vocabularies, catalog = self.open()
-        return read_chunk(self.data, chunk, schema, vocabularies, catalog, keep)
+        beside = BesideLog(State(self.state), self.beside).columns(keep) if self.beside else None
+        return read_chunk(self.data, chunk, schema, vocabularies, catalog, keep, beside)
 
 
 @lru_cache(maxsize=2)
