@@ -42,6 +42,10 @@ STAGE_TITLES = {
     "encode": "Text table",
     "mf2": "Fused model",
     "train": "Training",
+    "m_llm": "Modified language model",
+    "represent": "Representations",
+    "backbone": "Backbone alone",
+    "distill": "Gain and vanilla network",
     "evaluate": "Evaluation",
 }
 """What a person calls each stage; a second round of one is named `roma_2`."""
@@ -133,9 +137,10 @@ def console_table(report: Mapping, width: int = 100) -> str:
     report = json_safe(report)
     rows, quarantine = report.get("rows") or {}, report.get("quarantine") or {}
     gain = report.get("gain") or {}
-    models = _table("model", "AUC", "log loss", "GAUC", "AUC cold", "log loss cold")
+    models = _table("model", "AUC", "log loss", "GAUC", "AUC cold", "log loss cold", "calibration error")
     for name, model in report["models"].items():
-        values = (model.get(key) for key in ("auc", "log_loss", "gauc", "auc_cold", "log_loss_cold"))
+        keys = ("auc", "log_loss", "gauc", "auc_cold", "log_loss_cold", "calibration_error")
+        values = (model.get(key) for key in keys)
         models.add_row(model_title(name), *map(metric, values))
     gained = [Text(f"gain  overall {_gain_phrase(gain, 'auc')},  cold {_gain_phrase(gain, 'cold')}")] if gain else []
     stages = _table("stage", "seconds", "rows", "rows/s", "waiting for data", "")
@@ -178,7 +183,7 @@ def finite(points: list | None) -> list:
 
 def stage_title(name: str) -> str:
     """A stage's name for people: "roma_2" is "Item alignment (2)"; an unknown name stays."""
-    base, _, turn = name.partition("_")
+    base, _, turn = (name, "", "") if name in STAGE_TITLES else name.partition("_")
     return STAGE_TITLES.get(base, base) + (f" ({turn})" if turn else "")
 
 

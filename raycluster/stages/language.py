@@ -348,13 +348,20 @@ def encode(day: Day, stage: str, read: Read, lm: Manifest, config: EncodeConfig)
     What a table of one of the last runs has of the same text and the same model is taken from there.
     """
     inputs = fingerprint(read.output.identity, lm.identity, to_dict(config))
+    return encode_stage(day, stage, read.output.name, Source(lm.name, day.state.uri), config, inputs)
+
+
+def encode_stage(day: Day, stage: str, texts: str, model: Source, config: EncodeConfig, inputs: str) -> Manifest:
+    """`encode_items` as a stage. What a table of one of the last runs has is taken from there.
+
+    Args:
+        texts: output with the catalog and the items' texts.
+        inputs: fingerprint of all that the table depends on.
+    """
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         report, previous = Progress(stage, "texts").items, _earlier_tables(day.state)
-        source = Source(lm.name, day.state.uri)
-        made = encode_items(
-            day.state, name, source, read.output.name, config, day.plan, inputs, previous=previous, progress=report
-        )
+        made = encode_items(day.state, name, model, texts, config, day.plan, inputs, previous=previous, progress=report)
         say(f"{stage:10} {made.facts['encoded']:,} items encoded, {made.facts['copied']:,} copied")
         return made
 
