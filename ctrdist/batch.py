@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ctrdist.encode import FILLER, ITEM, VECTOR, list_parts
+from ctrdist.encode import FILLER, ITEM, TEXT_ROW, VECTOR, list_parts
 from ctrdist.items import Catalog, Ragged
 from ctrdist.schema import HISTORY, LABEL, MULTI, Schema
 from ctrdist.vocabulary import FIRST_ROW, PADDING, UNKNOWN
@@ -111,8 +111,10 @@ def collate(table: pa.Table, schema: Schema, catalog: Catalog, text_table: np.nd
     """Encoded rows (`ctrdist.encode.encode`) as a Batch; fillers are dropped, so it may be empty.
 
     Args:
-        text_table: float [catalog rows, dim], may be memory-mapped; only the rows of the batch's items are read.
+        text_table: float [catalog rows, dim], may be memory-mapped; only the rows of the batch's items are read. Where
+            rows have texts of their own, `beside.text`, it is by their number, and gives `Batch.vector`.
     """
+    own_texts = TEXT_ROW in table.column_names
     filler = table[FILLER].to_numpy()
     if filler.any():
         table = table.filter(pa.array(~filler))
@@ -133,8 +135,10 @@ def collate(table: pa.Table, schema: Schema, catalog: Catalog, text_table: np.nd
         table[ITEM].to_numpy(),
         history.reshape(table.num_rows, length),
         {field.name: catalog.fields[field.name] for field in schema.item},
-        text_table,
+        None if own_texts else text_table,
     )
+    if own_texts:
+        batch.vector = torch.from_numpy(np.array(text_table[table[TEXT_ROW].to_numpy()], dtype=np.float32))
     if VECTOR in table.column_names:
         batch.vector = torch.from_numpy(vectors_of(table[VECTOR]).astype(np.float32))
     return batch

@@ -83,7 +83,7 @@ class BesideLog:
         """What reads the columns beside a row group: the vectors, and those of `keep` that stand here."""
         names = [VECTOR, *(name for name in keep if name.startswith(PREFIX))]
 
-        def read(group: RowGroup) -> dict[str, pa.ChunkedArray]:
+        def read(group: RowGroup, _rows: pa.Table) -> dict[str, pa.ChunkedArray]:
             table = self.read(group, [name.removeprefix(PREFIX) for name in names])
             return {name: table[name.removeprefix(PREFIX)] for name in names}
 

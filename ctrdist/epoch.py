@@ -7,15 +7,15 @@ from itertools import groupby
 import numpy as np
 import pyarrow as pa
 
-from ctrdist.encode import VECTOR, encode, fillers
+from ctrdist.encode import encode, fillers
 from ctrdist.errors import UserError
 from ctrdist.fields import Encoder
 from ctrdist.items import Catalog
 from ctrdist.log import RowGroup, find_faults, read_row_group
 from ctrdist.schema import Schema
 
-Beside = Callable[[RowGroup], dict[str, pa.ChunkedArray]]
-"""What reads the columns beside a row group (`ctrdist.beside`), by name."""
+Beside = Callable[[RowGroup, pa.Table], dict[str, pa.ChunkedArray | pa.Array]]
+"""A row group and its rows -> columns to stand beside them, by name (`ctrdist.beside`, `ctrdist.interactions`)."""
 
 CHUNK_ROWS = 131_072
 """Rows of a chunk, more or less: what a task of the stream holds in memory.
@@ -119,7 +119,7 @@ def read_chunk(
 
     Args:
         keep: columns to keep as they are.
-        beside: a row group -> what stands beside the log for all of its rows.
+        beside: what makes columns that stand beside the log's.
 
     Raises:
         UserError: a row group has another number of good rows than the pass that counted them found.
@@ -132,8 +132,7 @@ def read_chunk(
         order = shuffle(chunk, [table.num_rows for table in tables])
         tables = [pa.concat_tables(tables).combine_chunks().take(pa.array(order))]
     if chunk.fillers:
-        vector = tables[0].schema.field(VECTOR).type if VECTOR in tables[0].column_names else None
-        tables.append(fillers(schema, chunk.fillers, vector))
+        tables.append(fillers(schema, chunk.fillers, tables[0].schema))
     return pa.concat_tables(tables).combine_chunks()
 
 
@@ -141,7 +140,7 @@ def read_piece(data: str, piece: Piece, schema: Schema, catalog: Catalog, beside
     """Good rows of a row group as they stand in the log, with the columns that stand beside it, if any."""
     group, length = piece.group, None if piece.stop is None else piece.stop - piece.start
     table = read_row_group(data, group, schema)
-    for name, column in beside(group).items() if beside else ():
+    for name, column in beside(group, table).items() if beside else ():
         table = table.append_column(name, column)
     clean = group.good == table.num_rows
     if clean:  # then the piece can be cut out before its rows are checked

@@ -173,12 +173,17 @@ def grown_model(
 
 @lru_cache(maxsize=2)
 def _text_table(reader: LogReader, text: str) -> np.ndarray:
+    state = State(reader.state)
+    if reader.texts:
+        texts = state.find(reader.texts)
+        return load_text_table(state.local(text), rows=texts.facts["rows"], catalog=texts.identity)
     ids = reader.open()[2].ids
-    return load_text_table(State(reader.state).local(text), rows=ids.size, catalog=ids.fingerprint())
+    return load_text_table(state.local(text), rows=ids.size, catalog=ids.fingerprint())
 
 
 def encoded_batch(reader: LogReader, text: str | None, table: Any) -> Batch:
-    """Encoded rows of the log as a batch, with the item side and the text table of output `text` joined."""
+    """Encoded rows of the log as a batch, with the item side and the text table of output `text` joined: the items', or
+    that of the interactions' own texts, if `reader` reads their numbers."""
     schema, _, catalog = reader.open()
     return collate(table, schema, catalog, _text_table(reader, text) if text else None)
 

@@ -69,8 +69,9 @@ class Scorer:
         columns = {USER_ID: batch[f"raw.{USER_ID}"], ITEM: batch[ITEM], LABEL: batch[LABEL]}
         if self.beside:
             columns[self.beside] = batch[f"raw.{PROBABILITY}"]
+        batches = {text: encoded_batch(self.reader, text, batch) for _, text in self.models.values()}
         for name, (model, text) in self.models.items():
-            columns[name] = model.predict(encoded_batch(self.reader, text, batch)).numpy()
+            columns[name] = model.predict(batches[text]).numpy()
         truth = self.reader.open()[0].truth
         if truth:
             columns["best"] = batch[f"raw.{truth}"]
