@@ -4,6 +4,7 @@ import datetime as dt
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from ctrdist.export import Release, load_click_model
 from ctrdist.interaction_text import TextConfig
 from ctrdist.language.encode import EncodeConfig, Encoder
 from ctrdist.log import log_columns
-from ctrdist.schema import Schema
+from ctrdist.schema import Field, Schema
 from ctrdist.storage import State
 from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.distill import DistillConfig
@@ -27,6 +28,7 @@ from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel
 from jobs import elec_daily as JOB
 from raycluster.stages.elec import GAIN, FrozenLanguageModelConfig
 
+SCHEMA = Schema(user=(Field("user_id"),), item=(Field("item_id"), Field("genres", "multi")), text=("{title}",))
 FIRST, SECOND = dt.date(2024, 1, 4), dt.date(2024, 1, 5)
 
 
@@ -183,23 +185,41 @@ def test_the_next_day_may_read_interactions_each_text_once(first_day, options, d
     folder, source = state.local(f"runs/{SECOND}/m_llm"), other.source()
     model = ModifiedLanguageModel.load(folder)
     path = next((data / "interactions" / "dt=2024-01-03").glob("*.parquet"))
-    mirror = pq.ParquetFile(
-        state.local(f"runs/{SECOND}/represent.rows/{path.parent.name}/{path.name}") / path.name
-    ).read()
-    own = [row for row in pq.ParquetFile(path).read().to_pylist()][:9]
+    mirror = state.local(f"runs/{SECOND}/represent.rows/{path.parent.name}/{path.name}") / path.name
+    vectors = pq.ParquetFile(mirror).read()["vector"].to_pylist()[:9]
+    own = pq.ParquetFile(path).read().to_pylist()[:9]
     states = Encoder(source.load(), other.encode).encode(source.tokenizer(32)([text(row) for row in own]))
     with torch.no_grad():
         expected = model.transform(model.norm(torch.from_numpy(states.astype(np.float32))))
-    np.testing.assert_allclose(mirror["vector"].to_pylist()[:9], expected, rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(vectors, expected, rtol=5e-3, atol=5e-3)
     assert Release(state.local(f"releases/{SECOND}")).model.vector_dim == 0
 
 
-def test_without_text_no_stage_of_the_language_model_runs(ray_cluster, options, tmp_path):
-    alone = replace(options, state=str(tmp_path / "state"), distill=DistillConfig(without_text=True, score="softmax"))
-    JOB.run(alone)
-    report = report_of(alone, FIRST)
-    assert list(report["models"]) == ["backbone", "gain", "vanilla", "best"] and report["text_table"] is None
-    assert list(report["stages"]) == ["backbone", "distill", "evaluate"]
+def test_without_text_no_stage_of_the_language_model_runs(options, monkeypatch):
+    """The stages as the job calls them, in place of the stages themselves."""
+    called, evaluated = [], {}
+
+    def stage(name: str):
+        def call(*arguments, **_options):
+            called.append((name, arguments))
+            return SimpleNamespace(name=name)
+
+        return call
+
+    stages = ("read_log", "encode_interactions", "train_m_llm", "represent", "train_click", "distill")
+    for name in stages:
+        monkeypatch.setattr(JOB, name, stage(name))
+    monkeypatch.setattr(JOB, "evaluate", lambda _day, _read, models, beside: evaluated.update(models, beside=beside))
+    monkeypatch.setattr(JOB.reporting, "assemble", lambda *_: {})
+    monkeypatch.setattr(JOB.registry, "release", stage("release"))
+    monkeypatch.setattr(JOB, "read_log", lambda *_, **__: SimpleNamespace(train=(), output=None))
+    day = SimpleNamespace(previous=None, schema=SCHEMA, window=None, earlier=lambda _part: None)
+    JOB.elec(day, replace(options, distill=DistillConfig(without_text=True)))
+    assert [name for name, _ in called] == ["train_click", "distill", "release"] and called[1][1][2] is None
+    assert list(evaluated) == ["backbone", "gain", "vanilla", "beside"] and evaluated["beside"] is None
+    assert list(called[2][1][2]) == ["elec"] and set(called[2][1][4]) == {"representation", "backbone"}
+    with pytest.raises(UserError, match="text.leave_out: 'genre': did you mean"):
+        JOB.elec(day, replace(options, text=TextConfig(leave_out=("genre",))))
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_read(options):
