@@ -137,10 +137,9 @@ def console_table(report: Mapping, width: int = 100) -> str:
     report = json_safe(report)
     rows, quarantine = report.get("rows") or {}, report.get("quarantine") or {}
     gain = report.get("gain") or {}
-    models = _table("model", "AUC", "log loss", "GAUC", "AUC cold", "log loss cold", "calibration error")
+    models = _table("model", "AUC", "log loss", "GAUC", "AUC cold", "log loss cold")
     for name, model in report["models"].items():
-        keys = ("auc", "log_loss", "gauc", "auc_cold", "log_loss_cold", "calibration_error")
-        values = (model.get(key) for key in keys)
+        values = (model.get(key) for key in ("auc", "log_loss", "gauc", "auc_cold", "log_loss_cold"))
         models.add_row(model_title(name), *map(metric, values))
     gained = [Text(f"gain  overall {_gain_phrase(gain, 'auc')},  cold {_gain_phrase(gain, 'cold')}")] if gain else []
     stages = _table("stage", "seconds", "rows", "rows/s", "waiting for data", "")

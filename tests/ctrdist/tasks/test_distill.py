@@ -63,6 +63,7 @@ def test_the_vanilla_network_is_the_plain_backbone(name: str, tmp_path: Path):
         save_click_model(model, tmp_path / folder, optimizer_state=False)
     for file in (WEIGHTS, DESCRIPTION):
         assert (tmp_path / "vanilla" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+    assert repr(task.vanilla) == repr(plain)
     batch = batch_of(20)
     assert torch.equal(task.eval().predict(batch), plain.eval().predict(replace(batch, vector=None)))
 
