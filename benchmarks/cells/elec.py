@@ -27,11 +27,12 @@ def item_states(log: Log, model: Source, config: EncodeConfig) -> np.ndarray:
     return states
 
 
-def train_m_llm(log: Log, states: np.ndarray, config: MLLMConfig, seed: int) -> ModifiedLanguageModel:
-    """The layers on the language model, trained as the daily job does on one worker."""
+def train_m_llm(
+    log: Log, states: np.ndarray, config: MLLMConfig, seed: int
+) -> tuple[ModifiedLanguageModel, dict[str, float]]:
+    """The layers on the language model, trained as the daily job does on one worker, and what that took."""
     model = ModifiedLanguageModel(states.shape[1], log.schema.history_length > 0, config, seed)
-    _train(model, log, config, seed, states)
-    return model
+    return model, _train(model, log, config, seed, states)
 
 
 @torch.inference_mode()

@@ -44,7 +44,7 @@ class DistillConfig:
     clid_weight: float = 1.0
     clid_mean: bool = False
     clid_rows: Literal["global", "local"] = "global"
-    mse_weight: float = 0.1
+    mse_weight: float = 0.01
     share_embeddings: bool = False
     without_text: bool = False
 

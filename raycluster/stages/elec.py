@@ -65,11 +65,11 @@ def encode_interactions(
     A text is encoded once, whatever it was made for: those of one of the last runs' tables are taken over.
     """
     inputs = fingerprint(read.identity, model.fingerprint(config), granularity, to_dict(text), to_dict(config))
-    write = item_text_output if granularity == "item" else interaction_output
-    texts = write(day, read, text)
     if granularity == "item":
+        texts = item_text_output(day, read, text)
         rows, catalog = catalog_rows(day.state, read.output.name)
     else:
+        texts = interaction_output(day, read, text)
         rows, catalog = np.arange(texts.facts["rows"]), texts.identity
     return encode_stage(day, "encode", texts.name, rows, catalog, model, config, inputs)
 
@@ -93,16 +93,15 @@ def item_text_output(day: Day, read: Read, config: TextConfig) -> Manifest:
 
 def interaction_output(day: Day, read: Read, config: TextConfig) -> Manifest:
     """The distinct texts of all rows that the day trains on, validates on or tests on, as an output."""
-    groups = read.row_groups
     name, inputs = texts_name(day), fingerprint("interaction", read.identity, to_dict(config))
     if day.state.find(name, inputs) is None:
         reader = _reader(day, read)
         _, _, catalog = reader.open()
         items = pq.read_table(day.state.local(read.output.name) / ITEMS)
         made = Interactions.of(items, day.schema, catalog, config)
-        calls = [(reader, group, config) for group in groups]
+        calls = [(reader, group, config) for group in read.row_groups]
         texts = merged(in_parallel(_distinct_texts, calls, cpus=0.5))
-        rows = sum(group.good for group in groups)
+        rows = sum(group.good for group in read.row_groups)
         say(f"encode     {len(texts[0]):,} distinct texts of {rows:,} interactions")
         with day.state.create(name, inputs, {"rows": len(texts[0])}) as folder:
             made.save(folder, texts)
