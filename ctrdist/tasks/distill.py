@@ -1,8 +1,9 @@
 """ELEC: a gain network, which reads what a language model made of a row, teaches the one that serves (section 2.3)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ctrdist.batch import Batch
@@ -35,6 +36,8 @@ class DistillConfig:
             then hardly feels it; as a sum it weighs about as much as the click loss.
         clid_rows: `global` normalises over the rows of all workers, `local` over those of each worker.
         mse_weight: of the squared distance of the representations (the paper's alpha); 0 leaves it out ("w/o MSE").
+        vector_dropout: share of a batch's rows whose vector the gain network does not see in training. The language
+            model's layers were trained on these rows, and know their clicks better than they will know others'.
         share_embeddings: both networks look ids up in the same tables, which both train; otherwise each has its own.
         without_text: the gain network gets no vector of the language model (the paper's "w/o textual input"), and no
             stage of the language model runs: the networks are alike, and one teaches the other.
@@ -45,6 +48,7 @@ class DistillConfig:
     clid_mean: bool = False
     clid_rows: Literal["global", "local"] = "global"
     mse_weight: float = 0.01
+    vector_dropout: float = 0.5
     share_embeddings: bool = False
     without_text: bool = False
 
@@ -52,6 +56,8 @@ class DistillConfig:
         for name in ("clid_weight", "mse_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"distill.{name}: {getattr(self, name)} is under 0; 0 leaves the loss out")
+        if not 0 <= self.vector_dropout < 1:
+            raise UserError(f"distill.vector_dropout: {self.vector_dropout} is not a share from 0 to under 1")
 
 
 class Distillation(Task):
@@ -102,7 +108,8 @@ class Distillation(Task):
         config, group = self.config, self.group
         inputs = self.vanilla.inputs(batch)
         own, direct, auxiliary = self.vanilla.represent(batch, inputs)
-        its, its_direct, its_auxiliary = self.gain.represent(batch, inputs if config.share_embeddings else None)
+        shown = self.hide_vectors(batch)
+        its, its_direct, its_auxiliary = self.gain.represent(shown, inputs if config.share_embeddings else None)
         student, teacher = self.vanilla.backbone.head(own) + direct, self.gain.backbone.head(its) + its_direct
         losses = {
             "vanilla": binary_cross_entropy(student, batch.label, group) + sum(auxiliary.values()),
@@ -117,6 +124,13 @@ class Distillation(Task):
             losses["representation"] = representation_distillation(own, its, group)
             loss = loss + config.mse_weight * losses["representation"]
         return {"loss": loss, **losses}
+
+    def hide_vectors(self, batch: Batch) -> Batch:
+        """The batch as the gain network sees it: in training, some rows' vectors are zeros."""
+        if not (self.training and self.config.vector_dropout and self.gain.vector_dim):
+            return batch
+        seen = torch.rand(len(batch), 1, device=batch.vector.device) >= self.config.vector_dropout
+        return replace(batch, vector=batch.vector * seen)
 
     def predict(self, batch: Batch) -> Tensor:
         """The vanilla network's: it is the one that serves, and validation judges it."""

@@ -27,7 +27,8 @@ SCHEMA = Schema(user=(Field("user_id"),), item=(Field("item_id"), Field("genre")
 SIZES = {"user_id": 12, "item_id": 10, "genre": 5}
 VECTOR = 6
 DRY = BackboneConfigs(din=DINConfig(dropout=0.0), dcnv2=DCNv2Config(dropout=0.0))
-NOTHING = DistillConfig(score="none", mse_weight=0.0)
+Plain = partial(DistillConfig, vector_dropout=0.0)
+NOTHING = Plain(score="none", mse_weight=0.0)
 
 
 def batch_of(rows: int, seed: int = 0) -> Batch:
@@ -41,7 +42,7 @@ def batch_of(rows: int, seed: int = 0) -> Batch:
 
 def pair(backbone: str = "din", config: DistillConfig | None = None, seed: int = 0, **options: Any) -> Distillation:
     options = {"dim": 4, "lr": 0.01, "table_lr": 0.02, "unknown_share": 0.0, "networks": DRY} | options
-    config = config or DistillConfig()
+    config = config or Plain()
     return Distillation.build(SCHEMA, SIZES, ClickConfig(backbone=backbone, **options), config, VECTOR, seed)
 
 
@@ -99,7 +100,7 @@ def perturbed(config: DistillConfig, backbone: str = "din") -> Distillation:
 
 @pytest.mark.parametrize("share", [False, True])
 def test_the_loss_is_the_sum_of_equation_5(share: bool):
-    config = DistillConfig(clid_weight=0.7, mse_weight=0.3, share_embeddings=share)
+    config = Plain(clid_weight=0.7, mse_weight=0.3, share_embeddings=share)
     task, batch = perturbed(config).eval(), batch_of(30)
     with torch.no_grad():
         found = {name: value.item() for name, value in task(batch).items()}
@@ -120,7 +121,7 @@ def test_the_loss_is_the_sum_of_equation_5(share: bool):
 @pytest.mark.parametrize("score", ["clid", "softmax", "pointwise"])
 def test_distillation_moves_the_vanilla_network_alone(score: str):
     batch = batch_of(30)
-    tasks = [perturbed(config) for config in (DistillConfig(score=score), NOTHING)]
+    tasks = [perturbed(config) for config in (Plain(score=score), NOTHING)]
     for task in tasks:
         task(batch)["loss"].backward()
     taught, alone = map(gradients, tasks)
@@ -132,7 +133,7 @@ def test_distillation_moves_the_vanilla_network_alone(score: str):
     assert {n for n in taught if n.startswith("vanilla.tables.")} <= set(moved)
     assert {"vanilla.backbone.mlp.layers.0.weight", "vanilla.backbone.output.weight"} <= set(moved)
     # The head reads what the distance is of: only the scores move it.
-    head = pair("din", DistillConfig(score="none"))
+    head = pair("din", Plain(score="none"))
     head(batch)["loss"].backward()
     plain = pair("din", NOTHING)
     plain(batch)["loss"].backward()
@@ -160,9 +161,9 @@ def part(batch: Batch, rank: int, last: bool) -> Batch:
 
 LOOP = LoopConfig(5, epochs=2, schedule="linear", precision="float64")
 CASES = {
-    "own": DistillConfig(mse_weight=0.5),
-    "shared": DistillConfig(mse_weight=0.5, share_embeddings=True),
-    "softmax": DistillConfig(score="softmax", clid_mean=True),
+    "own": Plain(mse_weight=0.5),
+    "shared": Plain(mse_weight=0.5, share_embeddings=True),
+    "softmax": Plain(score="softmax", clid_mean=True),
 }
 
 
@@ -201,13 +202,24 @@ def test_without_distillation_the_vanilla_network_is_trained_as_it_would_be_alon
     fit(plain, whole_batches, loop)
     for key, value in plain.state_dict().items():
         assert torch.equal(task.vanilla.state_dict()[key], value), key
-    taught = pair("din", DistillConfig(), **options)
+    taught = pair("din", Plain(), **options)
     fit(taught, whole_batches, loop)
     assert not torch.equal(taught.vanilla.backbone.output.weight, plain.backbone.output.weight)
 
 
+def test_some_rows_vectors_are_hidden_in_training_only():
+    task, batch = pair("din", DistillConfig(vector_dropout=0.25)), batch_of(2000)
+    torch.manual_seed(0)
+    shown = task.hide_vectors(batch).vector
+    hidden = (shown == 0).all(1)
+    assert 0.2 < hidden.float().mean() < 0.3 and torch.equal(shown[~hidden], batch.vector[~hidden])
+    assert task.eval().hide_vectors(batch) is batch
+    with pytest.raises(UserError, match="distill.vector_dropout: 1.0 is not a share"):
+        DistillConfig(vector_dropout=1.0)
+
+
 def test_shared_embeddings_are_one_set_of_tables_that_both_train(tmp_path: Path):
-    config = DistillConfig(share_embeddings=True)
+    config = Plain(share_embeddings=True)
     task, batch = pair("din", config), batch_of(30)
     assert len(tables_of(task)) == len(SIZES) and len(tables_of(pair())) == 2 * len(SIZES)
     task(batch)["gain"].backward()
@@ -242,7 +254,7 @@ def test_a_perfect_teacher_helps_a_network_that_lacks_a_feature():
     loop = LoopConfig(8, epochs=10, schedule="linear")
     found = {}
     for score in ("none", "clid", "pointwise"):
-        task = pair("dnn", DistillConfig(score=score, mse_weight=0.0), table_decay=0.0)
+        task = pair("dnn", Plain(score=score, mse_weight=0.0), table_decay=0.0)
         fit(task, lambda first: (rows(64, step % 8)[0] for step in range(first, 80)), loop)
         found[score] = roc_auc_score(preferred, task.predict(test).detach())
         assert roc_auc_score(test.label, task.gain.predict(test).detach()) > 0.66
