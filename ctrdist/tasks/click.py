@@ -128,27 +128,6 @@ class TextField(nn.Module):
         return self.norm(self.mlp(text))
 
 
-class Join(nn.Module):
-    """A representation [B, H] and a vector [B, width] as one representation [B, H] (ELEC, section 2.3.2).
-
-        h = W [representation, LayerNorm(vector)] + b
-
-    At first h is the representation itself: what a head expects stays what it was. LayerNorm's gain starts at 0.1, for
-    the reason that a text field's does (`FuseConfig.scale`).
-    """
-
-    def __init__(self, width: int, vector_dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(vector_dim)
-        nn.init.constant_(self.norm.weight, 0.1)
-        self.linear = nn.Linear(width + vector_dim, width)
-        nn.init.eye_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, representation: Tensor, vector: Tensor) -> Tensor:
-        return self.linear(torch.cat([representation, self.norm(vector).to(representation.dtype)], 1))
-
-
 class ClickModel(Task):
     """Embeddings, backbone and binary cross-entropy (CELA, eq. 2, 3, 14).
 
@@ -210,7 +189,7 @@ class ClickModel(Task):
                 {n: nn.Linear(w, self.columns, bias=False) for n, w in widths.items() if w != self.columns}
             )
         if vector_dim:
-            self.join = Join(self.backbone.width, vector_dim)
+            self.join = join_layer(self.backbone.width, vector_dim)
         self.target = tuple(range(len(self.row_names), fields)) if schema.history_length else ()
 
     def inputs(self, batch: Batch) -> Inputs:
@@ -257,7 +236,7 @@ class ClickModel(Task):
         """
         representation, direct, auxiliary = self.backbone.represent(inputs or self.inputs(batch))
         if self.vector_dim:
-            representation = self.join(representation, batch.vector.to(representation.dtype))
+            representation = self.join(torch.cat([representation, batch.vector.to(representation.dtype)], 1))
         return representation, direct, auxiliary
 
     def logits(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -295,6 +274,14 @@ class ClickModel(Task):
             self.project(name, self.tables[name](item_fields[name]))[:, : self.config.dim] for name in self.item_names
         ]
         return torch.cat(vectors, 1)
+
+
+def join_layer(width: int, vector_dim: int) -> nn.Linear:
+    """h = W [representation, vector] + b, at first the representation itself: what a head expects stays what it was."""
+    layer = nn.Linear(width + vector_dim, width)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def hide(lookup: Lookup, hidden: Tensor) -> Lookup:

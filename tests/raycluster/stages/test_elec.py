@@ -40,7 +40,7 @@ def test_a_pair_goes_on_where_it_was(reader: LogReader, share: bool):
     config, state = DistillConfig(share_embeddings=share), State(reader.state)
     made = _pair(reader, CTR, config, 5, None, seed=1)
     with torch.no_grad():
-        made.gain.join.linear.weight += 0.5
+        made.gain.join.weight += 0.5
     for table in made.vanilla.tables.values():
         table.weight += 0.25
     with state.create("pair", facts={"read": "read"}) as folder:
