@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ctrdist.encode import FILLER, ITEM, list_parts
+from ctrdist.encode import FILLER, ITEM, TEXT_ROW, VECTOR, list_parts
 from ctrdist.items import Catalog, Ragged
 from ctrdist.schema import HISTORY, LABEL, MULTI, Schema
 from ctrdist.vocabulary import FIRST_ROW, PADDING, UNKNOWN
@@ -63,6 +63,7 @@ class Batch:
         target: int64 [B] into `items`.
         history: int64 [B, T] into `items`, oldest first, 0 (padding) at the end; T is 0 without histories.
         text: float [U, dim], the items' rows of the text table, zeros at padding; None for a model without text.
+        vector: float [B, width], what a language model made of each row (`ctrdist.beside`); None without one.
     """
 
     label: Tensor
@@ -72,6 +73,7 @@ class Batch:
     target: Tensor
     history: Tensor
     text: Tensor | None = None
+    vector: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label)
@@ -87,6 +89,7 @@ class Batch:
             target=self.target[:0],
             history=self.history[:0],
             text=None if self.text is None else self.text[:1],
+            vector=None if self.vector is None else self.vector[:0],
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -108,8 +111,10 @@ def collate(table: pa.Table, schema: Schema, catalog: Catalog, text_table: np.nd
     """Encoded rows (`ctrdist.encode.encode`) as a Batch; fillers are dropped, so it may be empty.
 
     Args:
-        text_table: float [catalog rows, dim], may be memory-mapped; only the rows of the batch's items are read.
+        text_table: float [catalog rows, dim], may be memory-mapped; only the rows of the batch's items are read. Where
+            rows have texts of their own, `beside.text`, it is by their number, and gives `Batch.vector`.
     """
+    own_texts = TEXT_ROW in table.column_names
     filler = table[FILLER].to_numpy()
     if filler.any():
         table = table.filter(pa.array(~filler))
@@ -124,14 +129,24 @@ def collate(table: pa.Table, schema: Schema, catalog: Catalog, text_table: np.nd
             row_fields[field.name] = column.to_numpy()
     length = schema.history_length
     history = table[HISTORY].combine_chunks().flatten().to_numpy() if length else np.empty(0, np.int32)
-    return join_items(
+    batch = join_items(
         table[LABEL].to_numpy(),
         row_fields,
         table[ITEM].to_numpy(),
         history.reshape(table.num_rows, length),
         {field.name: catalog.fields[field.name] for field in schema.item},
-        text_table,
+        None if own_texts else text_table,
     )
+    if own_texts:
+        batch.vector = torch.from_numpy(np.array(text_table[table[TEXT_ROW].to_numpy()], dtype=np.float32))
+    if VECTOR in table.column_names:
+        batch.vector = torch.from_numpy(vectors_of(table[VECTOR]).astype(np.float32))
+    return batch
+
+
+def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of fixed-size lists, none of them null, as an array [n, width]."""
+    return column.combine_chunks().flatten().to_numpy().reshape(-1, column.type.list_size)
 
 
 def join_items(

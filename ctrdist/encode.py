@@ -10,6 +10,10 @@ from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, Schema
 from ctrdist.vocabulary import UNKNOWN
 
 ITEM, FILLER = "item", "filler"
+VECTOR = "beside.vector"
+"""Column with what a language model made of each row (`ctrdist.beside`)."""
+TEXT_ROW = "beside.text"
+"""Column with the number of each row's text (`ctrdist.interactions`)."""
 
 
 def encode(
@@ -20,7 +24,8 @@ def encode(
     Returns:
         Columns `label` (float32), `item` (int32 catalog row), `history` (fixed-size list of int32 catalog rows, oldest
         first, padding at the end), each user and context field (int32 row, a list of them, or a float32 number, NaN if
-        missing), `filler` (bool, false), and each column named in `keep` as it is, under the name `raw.` and its own.
+        missing), `filler` (bool, false), `beside.vector` or `beside.text` if the rows have one, and each column named
+        in `keep` as it is, under the name `raw.` and its own.
     """
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
         LABEL: table[LABEL].cast(pa.float32()),
@@ -37,6 +42,7 @@ def encode(
     if schema.history_length:
         rows = recent_rows(table[HISTORY].combine_chunks(), catalog, schema.history_length)
         columns[HISTORY] = pa.FixedSizeListArray.from_arrays(rows.ravel(), schema.history_length)
+    columns |= {name: table[name] for name in (VECTOR, TEXT_ROW) if name in table.column_names}
     return pa.table(columns | {f"raw.{name}": _one_type(table[name]) for name in keep})
 
 
@@ -72,8 +78,12 @@ def recent_rows(histories: pa.Array, catalog: Catalog, length: int) -> np.ndarra
     return out
 
 
-def fillers(schema: Schema, count: int) -> pa.Table:
-    """`count` rows that stand for nothing: they fill the last batch of an epoch; who gets them drops them."""
+def fillers(schema: Schema, count: int, like: pa.Schema | None = None) -> pa.Table:
+    """`count` rows that stand for nothing: they fill the last batch of an epoch; who gets them drops them.
+
+    Args:
+        like: what the other rows have, where it may be more than the schema says.
+    """
     columns: dict[str, pa.Array] = {
         LABEL: pa.array(np.zeros(count, np.float32)),
         ITEM: pa.array(np.zeros(count, np.int32)),
@@ -90,4 +100,11 @@ def fillers(schema: Schema, count: int) -> pa.Table:
         columns[HISTORY] = pa.FixedSizeListArray.from_arrays(
             np.zeros(count * schema.history_length, np.int32), schema.history_length
         )
+    beside = like.names if like else []
+    if VECTOR in beside:
+        type_ = like.field(VECTOR).type
+        zeros = pa.array(np.zeros(count * type_.list_size, type_.value_type.to_pandas_dtype()))
+        columns[VECTOR] = pa.FixedSizeListArray.from_arrays(zeros, type=type_)
+    if TEXT_ROW in beside:
+        columns[TEXT_ROW] = pa.array(np.zeros(count, np.int64))
     return pa.table(columns)

@@ -1,5 +1,6 @@
 """What is read together, and in which order: chunks of rows, for an epoch of training or for one pass in order."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -12,6 +13,9 @@ from ctrdist.fields import Encoder
 from ctrdist.items import Catalog
 from ctrdist.log import RowGroup, find_faults, read_row_group
 from ctrdist.schema import Schema
+
+Beside = Callable[[RowGroup, pa.Table], dict[str, pa.ChunkedArray | pa.Array]]
+"""A row group and its rows -> columns to stand beside them, by name (`ctrdist.beside`, `ctrdist.interactions`)."""
 
 CHUNK_ROWS = 131_072
 """Rows of a chunk, more or less: what a task of the stream holds in memory.
@@ -109,27 +113,35 @@ def read_chunk(
     vocabularies: dict[str, Encoder],
     catalog: Catalog,
     keep: tuple[str, ...] = (),
+    beside: Beside | None = None,
 ) -> pa.Table:
     """The rows of a chunk, encoded (`ctrdist.encode`) and in the order of its seed, then its fillers.
+
+    Args:
+        keep: columns to keep as they are.
+        beside: what makes columns that stand beside the log's.
 
     Raises:
         UserError: a row group has another number of good rows than the pass that counted them found.
     """
     tables = [
-        encode(read_piece(data, piece, schema, catalog), schema, vocabularies, catalog, keep) for piece in chunk.pieces
+        encode(read_piece(data, piece, schema, catalog, beside), schema, vocabularies, catalog, keep)
+        for piece in chunk.pieces
     ]
     if chunk.seed is not None:
         order = shuffle(chunk, [table.num_rows for table in tables])
         tables = [pa.concat_tables(tables).combine_chunks().take(pa.array(order))]
     if chunk.fillers:
-        tables.append(fillers(schema, chunk.fillers))
+        tables.append(fillers(schema, chunk.fillers, tables[0].schema))
     return pa.concat_tables(tables).combine_chunks()
 
 
-def read_piece(data: str, piece: Piece, schema: Schema, catalog: Catalog) -> pa.Table:
-    """Good rows of a row group as they stand in the log."""
+def read_piece(data: str, piece: Piece, schema: Schema, catalog: Catalog, beside: Beside | None = None) -> pa.Table:
+    """Good rows of a row group as they stand in the log, with the columns that stand beside it, if any."""
     group, length = piece.group, None if piece.stop is None else piece.stop - piece.start
     table = read_row_group(data, group, schema)
+    for name, column in beside(group, table).items() if beside else ():
+        table = table.append_column(name, column)
     clean = group.good == table.num_rows
     if clean:  # then the piece can be cut out before its rows are checked
         table = table.slice(piece.start, length)

@@ -40,6 +40,7 @@ def save_click_model(model: ClickModel, folder: Path, optimizer_state: bool = Tr
         "config": to_dict(model.config),
         "fuse": to_dict(model.fuse) if model.fuse else None,
         "text_dim": model.text_dim,
+        "vector_dim": model.vector_dim,
         "sizes": {name: table.rows for name, table in model.tables.items()},
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
@@ -72,7 +73,8 @@ def load_click_model(
             )
     fuse = fuse or saved_fuse
     store = None if config else "replicated"
-    model = ClickModel(schema, description["sizes"], config or saved, description["text_dim"], fuse, seed, store)
+    dims = {"text_dim": description["text_dim"], "vector_dim": description.get("vector_dim", 0)}
+    model = ClickModel(schema, description["sizes"], config or saved, fuse=fuse, seed=seed, store=store, **dims)
     missing, unexpected = model.load_state_dict(read_state(folder / WEIGHTS, model), strict=False)
     if wrong := [*unexpected, *sorted(set(missing) - _optimizer_state(model))]:
         raise UserError(f"{folder}: a model of another version ({wrong[0]}); use --from-scratch, or another --state")

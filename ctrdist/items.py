@@ -257,12 +257,13 @@ class ItemTexts:
     @staticmethod
     def write(path: Path, items: pa.Table, ids: Vocabulary, schema: Schema) -> None:
         """Join each item's text parts (`Schema.text`) and write them in catalog-row order; "" where there is none."""
-        texts = join_texts(items, schema.text)
-        position = np.full(ids.size, len(texts))
-        position[ids.lookup(items[ITEM_ID], ITEM_ID)] = np.arange(len(texts))
-        padded = pa.concat_arrays([texts, pa.array([""], texts.type)])
+        ItemTexts.write_column(path, by_catalog_row(join_texts(items, schema.text), items, ids))
+
+    @staticmethod
+    def write_column(path: Path, texts: pa.Array) -> None:
+        """Write texts, large_string [rows], by row."""
         with pa.OSFile(str(path), "wb") as sink:
-            table = pa.table({"text": padded.take(pa.array(position))})
+            table = pa.table({"text": texts})
             with pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)  # one chunk, or reading would have to copy the chunks together
 
@@ -281,9 +282,20 @@ class ItemTexts:
         """A 64-bit hash (SipHash) of each of the given rows' texts, uint64: the same in every process."""
         out = np.empty(len(rows), np.uint64)
         for start in range(0, len(rows), block):
-            part = rows[start : start + block]
-            out[start : start + block] = pd.util.hash_array(np.array(self.take(part), object), categorize=False)
+            out[start : start + block] = text_hashes(self.take(rows[start : start + block]))
         return out
+
+
+def text_hashes(texts: list[str]) -> np.ndarray:
+    """A 64-bit hash (SipHash) of each text, uint64: the same in every process."""
+    return pd.util.hash_array(np.array(texts, object), categorize=False)
+
+
+def by_catalog_row(texts: pa.Array, items: pa.Table, ids: Vocabulary) -> pa.Array:
+    """Texts of each row of `items`, by catalog row; "" where there is no item."""
+    position = np.full(ids.size, len(texts))
+    position[ids.lookup(items[ITEM_ID], ITEM_ID)] = np.arange(len(texts))
+    return pa.concat_arrays([texts, pa.array([""], texts.type)]).take(pa.array(position))
 
 
 def item_batches(items: np.ndarray, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:

@@ -14,6 +14,7 @@ from ctrdist.group import Group
 
 ALONE = Group()
 SIMILARITIES = ("dot", "cosine")
+SCORE_LOSSES = ("clid", "softmax", "pointwise")
 NEGATIVES = ("global", "local")
 
 
@@ -165,6 +166,77 @@ def language_model_total(logits: Tensor, targets: Tensor) -> Tensor:
         targets: [M] int64, the words.
     """
     return F.cross_entropy(_wide(logits), targets, reduction="sum")
+
+
+def score_distillation(student: Tensor, teacher: Tensor, kind: str, group: Group = ALONE, mean: bool = False) -> Tensor:
+    """What a student's scores are to learn from a teacher's, of the same rows. No gradient reaches the teacher.
+
+    - `clid`, calibration-compatible listwise distillation (ELEC eq. 1 and 2; Gui et al. 2024): the cross-entropy of
+      the probabilities normalised over the batch, p = sigmoid(logit).
+
+          L = -sum_i Q_t,i log Q_s,i,  Q_i = p_i / sum_j p_j
+
+    - `softmax`: the same of Q_i = exp(logit_i) / sum_j exp(logit_j), which leaves the level of the probabilities open.
+    - `pointwise`: each row by itself, L = -1/N sum_i [p_t,i log p_s,i + (1 - p_t,i) log(1 - p_s,i)].
+
+    A listwise loss is least, but not 0, where Q_s = Q_t: then it is about log N.
+
+    Args:
+        student: [B] float, logits.
+        teacher: [B] float, logits of the same rows.
+        kind: `clid`, `softmax` or `pointwise`.
+        group: the workers; i, j and N run over the rows of all.
+        mean: divide a listwise loss by N, as eq. 1 does; the larger the batch, the less it then weighs.
+
+    Raises:
+        UserError: an unknown kind.
+    """
+    if kind not in SCORE_LOSSES:
+        raise UserError(f"distillation: unknown '{kind}'; known: {', '.join(SCORE_LOSSES)}")
+    student, teacher = _wide(student), _wide(teacher.detach())
+    if kind == "pointwise":
+        return binary_cross_entropy(student, torch.sigmoid(teacher), group)
+    if kind == "clid":
+        student, teacher = F.logsigmoid(student), F.logsigmoid(teacher)
+    shift = _largest(torch.stack([student.detach(), teacher]), group)
+    student, teacher = student - shift[0], (teacher - shift[1]).exp()
+    sums = torch.stack([student.exp().sum(), teacher.sum(), (teacher * student).sum()])
+    rows = torch.as_tensor(student.shape[0]).to(sums)
+    own, its, both, count = group.all_reduce(torch.cat([sums, rows.unsqueeze(0)]), alike=True)
+    loss = own.where(own > 0, 1).log() - both / its.where(its > 0, 1)
+    return loss / count.clamp(min=1) if mean else loss
+
+
+def local_score_distillation(
+    student: Tensor, teacher: Tensor, kind: str, group: Group = ALONE, mean: bool = False
+) -> Tensor:
+    """`score_distillation` within the rows of each worker, a list of its own: the mean over the workers with rows."""
+    own = score_distillation(student, teacher, kind, ALONE, mean)
+    return global_mean(own, int(student.shape[0] > 0), group)
+
+
+def representation_distillation(student: Tensor, teacher: Tensor, group: Group = ALONE) -> Tensor:
+    """Squared distance of a student's representations from a teacher's. No gradient reaches the teacher.
+
+        L = 1/N sum_i |h_s,i - h_t,i|^2
+
+    ELEC eq. 3: a sum over the H numbers of a representation, a mean over the rows.
+
+    Args:
+        student: [B, H] float.
+        teacher: [B, H] float, of the same rows.
+        group: the workers; N counts the rows of all.
+    """
+    assert student.shape == teacher.shape and student.ndim == 2, (student.shape, teacher.shape)
+    return global_mean((_wide(student) - _wide(teacher.detach())).square().sum(), student.shape[0], group)
+
+
+def _largest(values: Tensor, group: Group) -> Tensor:
+    """The largest of each of k rows of `values` [k, B] over all workers: [k], 0 where there are none."""
+    if not values.shape[1]:
+        values = values.new_full((len(values), 1), -torch.inf)
+    found = group.all_gather(values.amax(1, keepdim=True).T, [1] * group.size).amax(0)
+    return found.where(found.isfinite(), 0)
 
 
 def _wide(value: Tensor) -> Tensor:

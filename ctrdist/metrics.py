@@ -104,6 +104,11 @@ def calibration(label: ArrayLike, probability: ArrayLike, bins: int = 10) -> lis
     return [{"predicted": float(p), "observed": float(o), "rows": n} for p, o, n in means]
 
 
+def calibration_error(bins: list[dict[str, float | int]]) -> float:
+    """Expected calibration error of the bins of `calibration`: the mean of |predicted - observed|, weighted by rows."""
+    return float(np.average([abs(b["predicted"] - b["observed"]) for b in bins], weights=[b["rows"] for b in bins]))
+
+
 def popularity_groups(
     item_train_rows: ArrayLike, label: ArrayLike, scores: dict[str, NDArray], edges: tuple[int, ...] = POPULARITY_EDGES
 ) -> list[dict]:
@@ -195,7 +200,8 @@ def evaluate(
 
     Returns:
         {"rows": {"test", "cold"}, "models": {name: {"auc", "log_loss", "gauc", "auc_cold", "log_loss_cold",
-        "calibration"}}, "groups": as `popularity_groups`}, of plain Python values, None for what is not defined.
+        "calibration", "calibration_error"}}, "groups": as `popularity_groups`}, of plain Python values, None for what
+        is not defined.
     """
     user, item_train_rows, label = _columns(user, item_train_rows, label)
     cold = item_train_rows < cold_below
@@ -208,7 +214,8 @@ def evaluate(
             "gauc": grouped_auc(user, label, probability),
             "auc_cold": auc(label[cold], probability[cold]) if cold.any() else math.nan,
             "log_loss_cold": log_loss(label[cold], probability[cold]) if cold.any() else math.nan,
-            "calibration": calibration(label, probability),
+            "calibration": (bins := calibration(label, probability)),
+            "calibration_error": calibration_error(bins),
         }
     groups = popularity_groups(item_train_rows, label, probabilities)
     return json_safe({"rows": {"test": label.size, "cold": int(cold.sum())}, "models": models, "groups": groups})

@@ -42,6 +42,10 @@ STAGE_TITLES = {
     "encode": "Text table",
     "mf2": "Fused model",
     "train": "Training",
+    "m_llm": "Modified language model",
+    "represent": "Representations",
+    "backbone": "Backbone alone",
+    "distill": "Gain and vanilla network",
     "evaluate": "Evaluation",
 }
 """What a person calls each stage; a second round of one is named `roma_2`."""
@@ -178,7 +182,7 @@ def finite(points: list | None) -> list:
 
 def stage_title(name: str) -> str:
     """A stage's name for people: "roma_2" is "Item alignment (2)"; an unknown name stays."""
-    base, _, turn = name.partition("_")
+    base, _, turn = (name, "", "") if name in STAGE_TITLES else name.partition("_")
     return STAGE_TITLES.get(base, base) + (f" ({turn})" if turn else "")
 
 

@@ -8,6 +8,7 @@ encoded. Tasks on CPUs tokenise ahead of the actors (`ctrdist.language.encode.Sh
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import ray
@@ -25,31 +26,52 @@ from raycluster.cluster import Plan
 from raycluster.tokens import Work, tokenised
 
 
-def encode_items(
+def encode_items(state: State, output: str, model: Source, texts: str, *arguments: Any, **options: Any) -> Manifest:
+    """Encode all items of a catalog into output `output`. Arguments as `encode_texts`, and:
+
+    Args:
+        texts: output that holds the catalog and `texts.arrow`.
+
+    Raises:
+        UserError: there are no items, or their vectors are not finite.
+    """
+    return encode_texts(state, output, model, texts, *catalog_rows(state, texts), *arguments, **options)
+
+
+def catalog_rows(state: State, output: str) -> tuple[np.ndarray, str]:
+    """The catalog rows of an output's items, ascending, and the fingerprint of what numbers them."""
+    catalog = state.local(output) / "catalog"
+    return np.flatnonzero(np.load(catalog / "present.npy")), Vocabulary.load(catalog / "ids").fingerprint()
+
+
+def encode_texts(
     state: State,
     output: str,
     model: Source,
     texts: str,
+    items: np.ndarray,
+    catalog: str,
     config: EncodeConfig,
     plan: Plan,
     inputs: str,
     previous: Sequence[Manifest] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
-    """Encode all items into output `output`, a text table by catalog row (`ctrdist.text_table`).
+    """Encode texts into output `output`, a text table by their rows (`ctrdist.text_table`).
 
     Its facts count `items`, and of these the ones whose vector was `copied` from an earlier table, or `encoded`.
 
     Args:
-        texts: output that holds the catalog and `texts.arrow`.
+        texts: output that holds `texts.arrow`.
+        items: [n], the rows of it to encode, ascending.
+        catalog: fingerprint of what numbers them.
         previous: outputs with earlier tables, the newest first; the first one by the same model is used.
         progress: called with (texts done, texts in all) while texts are encoded.
 
     Raises:
-        UserError: there are no items, or their vectors are not finite.
+        UserError: there is nothing to encode, or vectors are not finite.
     """
-    began, source = time.monotonic(), state.local(texts)
-    items, item_texts = np.flatnonzero(np.load(source / "catalog" / "present.npy")), ItemTexts(source / "texts.arrow")
+    began, item_texts = time.monotonic(), ItemTexts(state.local(texts) / "texts.arrow")
     if not len(items):
         raise UserError(f"{state.path(texts)}: no items to encode")
     hashes, made_by, shards = item_texts.hashes(items), model.fingerprint(config), f"{output}.shards"
@@ -75,7 +97,6 @@ def encode_items(
         known.fill(table, items)
         by_row = np.zeros(len(table), np.uint64)
         by_row[items] = hashes
-        catalog = Vocabulary.load(source / "catalog" / "ids").fingerprint()
         facts["dim"] = seal_text_table(folder, table, by_row, made_by, catalog).dim
         facts["encode_seconds"] = time.monotonic() - began
     state.sweep(shards, set())

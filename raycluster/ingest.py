@@ -12,8 +12,10 @@ import ray
 import ray.data
 
 from ctrdist.allocator import keep_freed_memory
-from ctrdist.epoch import Chunk, read_chunk
+from ctrdist.beside import BesideLog
+from ctrdist.epoch import Beside, Chunk, read_chunk
 from ctrdist.fields import Encoder, load_encoders
+from ctrdist.interactions import Interactions
 from ctrdist.items import Catalog
 from ctrdist.log import Part, RowGroup
 from ctrdist.scan import IdsOf, Scan, scan_row_group, sum_scans
@@ -30,11 +32,15 @@ class LogReader:
         data: the prepared log.
         state: URI of the state.
         output: name of the output that holds schema, catalog and vocabularies.
+        beside: name of the files beside the log to read along (`ctrdist.beside`); "" for none.
+        texts: output with the texts of interactions, whose numbers to read along; "" for none.
     """
 
     data: str
     state: str
     output: str
+    beside: str = ""
+    texts: str = ""
 
     def open(self) -> tuple[Schema, dict[str, Encoder], Catalog]:
         """Schema, vocabularies and catalog."""
@@ -43,7 +49,13 @@ class LogReader:
     def read(self, chunk: Chunk, keep: tuple[str, ...] = ()) -> pa.Table:
         """The chunk's good rows, encoded (`ctrdist.epoch.read_chunk`)."""
         schema, vocabularies, catalog = self.open()
-        return read_chunk(self.data, chunk, schema, vocabularies, catalog, keep)
+        return read_chunk(self.data, chunk, schema, vocabularies, catalog, keep, self.along(keep))
+
+    def along(self, keep: tuple[str, ...] = ()) -> Beside | None:
+        """What makes the columns that stand beside the log's, if there are any."""
+        if self.beside:
+            return BesideLog(State(self.state), self.beside).columns(keep)
+        return _interactions(self.state, self.output, self.texts).numbers if self.texts else None
 
 
 @lru_cache(maxsize=2)
@@ -52,6 +64,12 @@ def _open(state: str, output: str) -> tuple[Schema, dict[str, Encoder], Catalog]
     folder = State(state).local(output)
     schema = Schema.load(folder / "schema.yaml")
     return schema, load_encoders(folder / "vocabulary"), Catalog.load(folder / "catalog", schema)
+
+
+@lru_cache(maxsize=2)
+def _interactions(state: str, output: str, texts: str) -> Interactions:
+    schema, _, catalog = _open(state, output)
+    return Interactions.load(State(state).local(texts), schema, catalog)
 
 
 BATCHES_A_BLOCK = 32

@@ -139,6 +139,7 @@ class ClickModel(Task):
         fuse: the text field, for a fused model.
         seed: decides the initial weights.
         store: where the tables are, other than the configuration says.
+        vector_dim: width of `Batch.vector`, which is joined to the representation (ELEC's gain network); 0 for none.
     """
 
     def __init__(
@@ -150,9 +151,10 @@ class ClickModel(Task):
         fuse: FuseConfig | None = None,
         seed: int = 0,
         store: Store | None = None,
+        vector_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.group = Group()
+        self.group, self.vector_dim = Group(), vector_dim
         self.config, self.text_dim, self.fuse = config, text_dim, (fuse or FuseConfig()) if text_dim else None
         self.row_names = [f.name for f in schema.row_fields]
         self.item_names = [f.name for f in schema.item]
@@ -188,6 +190,8 @@ class ClickModel(Task):
             self.projections = Tables(
                 {n: nn.Linear(w, self.columns, bias=False) for n, w in widths.items() if w != self.columns}
             )
+        if vector_dim:
+            self.join = join_layer(self.backbone.width, vector_dim)
         self.target = tuple(range(len(self.row_names), fields)) if schema.history_length else ()
 
     def inputs(self, batch: Batch) -> Inputs:
@@ -226,9 +230,20 @@ class ClickModel(Task):
             lookup = hide(lookup, hidden)
         return self.project(name, self.tables[name](lookup))
 
+    def represent(self, batch: Batch, inputs: Inputs | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the head reads [B, H], what is added to its logits [B], and the backbone's auxiliary losses by name.
+
+        Args:
+            inputs: the embedded batch, where it is there already.
+        """
+        representation, direct, auxiliary = self.backbone.represent(inputs or self.inputs(batch))
+        if self.vector_dim:
+            representation = self.join(torch.cat([representation, batch.vector.to(representation.dtype)], 1))
+        return representation, direct, auxiliary
+
     def logits(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [B], and the backbone's auxiliary losses by name."""
-        representation, direct, auxiliary = self.backbone.represent(self.inputs(batch))
+        representation, direct, auxiliary = self.represent(batch)
         return self.backbone.head(representation) + direct, auxiliary
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -261,6 +276,14 @@ class ClickModel(Task):
             self.project(name, self.tables[name](item_fields[name]))[:, : self.config.dim] for name in self.item_names
         ]
         return torch.cat(vectors, 1)
+
+
+def join_layer(width: int, vector_dim: int) -> nn.Linear:
+    """h = W [representation, vector] + b, at first the representation itself: what a head expects stays what it was."""
+    layer = nn.Linear(width + vector_dim, width)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def hide(lookup: Lookup, hidden: Tensor) -> Lookup:

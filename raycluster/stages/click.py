@@ -1,7 +1,8 @@
 """Stages that train a click model on the log: the ID model and MF²."""
 
+from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from ctrdist.epoch import plan_epoch, plan_pass
 from ctrdist.export import load_click_model, save_click_model
 from ctrdist.fields import rows_with_new_ids
 from ctrdist.loop import LoopConfig
+from ctrdist.optim import Precision
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, table_sizes
 from ctrdist.text_table import TextTableFacts, load_text_table
@@ -42,23 +44,69 @@ def train_click(
     days = read.train if days is None else days
     warm = start is not None and days == read.train and day.previous is not None
     epochs = config.warm_epochs if warm else config.epochs
-    rows, seed = read.total(days), day.options.seed
     inputs = fingerprint(
         read.identity,
         to_dict(config),
         to_dict(fuse) if fuse else None,
-        seed,
+        day.options.seed,
         epochs,
         [str(d) for d in days],
         text and text.identity,
         start and start.identity,
     )
     reader = LogReader(day.options.data, day.state.uri, read.output.name)
-    batch = config.batch_size
+    return train_on_log(
+        day,
+        stage,
+        read,
+        reader,
+        config,
+        days,
+        epochs,
+        inputs,
+        order=config.order,
+        task=partial(_click_task, reader, config, fuse, text and text.name, start, day.options.seed),
+        save=save_click_model,
+        collate=partial(encoded_batch, reader, text and text.name),
+    )
+
+
+class RowTraining(Protocol):
+    """What the options of every task on the log say of its training."""
+
+    batch_size: int
+    patience: int
+    schedule: str
+    warmup: float
+    precision: Precision
+
+
+def train_on_log(
+    day: Day,
+    stage: str,
+    read: Read,
+    reader: LogReader,
+    config: RowTraining,
+    days: Days,
+    epochs: int,
+    inputs: str,
+    order: str = "shuffled",
+    **parts: Callable,
+) -> Manifest:
+    """Train a task on rows of the log, as a stage.
+
+    Args:
+        reader: reads the rows, and what stands beside them.
+        days: to train on.
+        inputs: fingerprint of all that the task depends on.
+        order: of the rows, as `ClickConfig` has it.
+        parts: `task`, `save` and `collate` of the `Training`.
+    """
+    rows, seed, batch = read.total(days), day.options.seed, config.batch_size
     training_groups, validation_groups = read.groups(days), read.groups(day.window.valid)
     share = batch // day.plan.workers
     most = ingest.BATCHES_A_BLOCK
-    if config.order == "chronological":  # a block's batches are of its rows in any order: no more than a day's
+    if order == "chronological":  # a block's batches are of its rows in any order: no more than a day's
         most = max(1, min(most, min(read.total((d,)) for d in days) // batch))
     together, steps = ingest.deal(rows, batch, most)
     loop = LoopConfig(
@@ -78,16 +126,14 @@ def train_click(
             inputs=inputs,
             loop=loop,
             batch_size=batch,
-            task=partial(_click_task, reader, config, fuse, text and text.name, start, seed),
-            save=save_click_model,
-            collate=partial(encoded_batch, reader, text and text.name),
             train_stream=partial(
-                _train_stream, reader, training_groups, config, batch * together, share * together, seed, epochs
+                _train_stream, reader, training_groups, order, batch * together, share * together, seed, epochs
             ),
             batches_a_block=together,
             valid_stream=partial(_valid_stream, reader, validation_groups, 8 * max(share, 1024)),
             facts={"rows": rows, "epochs": epochs, "read": read.output.name},
             metrics=metrics_file,
+            **parts,
         )
         return train(training, day.plan)
 
@@ -97,26 +143,47 @@ def train_click(
 def _click_task(
     reader: LogReader, config: ClickConfig, fuse: FuseConfig | None, text: str | None, start: Manifest | None, seed: int
 ) -> ClickModel:
-    schema, encoders, _ = reader.open()
-    sizes = table_sizes(encoders, schema)
-    state = State(reader.state)
     if start:
-        model = load_click_model(state.local(start.name), schema, config, fuse, seed)
-        model.grow(sizes)
-        model.renew(rows_with_new_ids(encoders, LogReader(reader.data, reader.state, start.facts["read"]).open()[1]))
-        return model
-    width = TextTableFacts.load(state.local(text)).dim if text else 0
-    return ClickModel(schema, sizes, config, width, fuse, seed)
+        return grown_model(reader, config, start, fuse, seed)
+    schema, encoders, _ = reader.open()
+    width = TextTableFacts.load(State(reader.state).local(text)).dim if text else 0
+    return ClickModel(schema, table_sizes(encoders, schema), config, width, fuse, seed)
+
+
+def grown_model(
+    reader: LogReader,
+    config: ClickConfig,
+    start: Manifest,
+    fuse: FuseConfig | None = None,
+    seed: int = 0,
+    folder: str = "",
+) -> ClickModel:
+    """A click model of an earlier day, with rows for ids that have come since.
+
+    Args:
+        start: its output.
+        folder: of the model within it.
+    """
+    schema, encoders, _ = reader.open()
+    model = load_click_model(State(reader.state).local(start.name) / folder, schema, config, fuse, seed)
+    model.grow(table_sizes(encoders, schema))
+    model.renew(rows_with_new_ids(encoders, LogReader(reader.data, reader.state, start.facts["read"]).open()[1]))
+    return model
 
 
 @lru_cache(maxsize=2)
 def _text_table(reader: LogReader, text: str) -> np.ndarray:
+    state = State(reader.state)
+    if reader.texts:
+        texts = state.find(reader.texts)
+        return load_text_table(state.local(text), rows=texts.facts["rows"], catalog=texts.identity)
     ids = reader.open()[2].ids
-    return load_text_table(State(reader.state).local(text), rows=ids.size, catalog=ids.fingerprint())
+    return load_text_table(state.local(text), rows=ids.size, catalog=ids.fingerprint())
 
 
 def encoded_batch(reader: LogReader, text: str | None, table: Any) -> Batch:
-    """Encoded rows of the log as a batch, with the item side and the text table of output `text` joined."""
+    """Encoded rows of the log as a batch, with the item side and the text table of output `text` joined: the items', or
+    that of the interactions' own texts, if `reader` reads their numbers."""
     schema, _, catalog = reader.open()
     return collate(table, schema, catalog, _text_table(reader, text) if text else None)
 
@@ -124,7 +191,7 @@ def encoded_batch(reader: LogReader, text: str | None, table: Any) -> Batch:
 def _train_stream(
     reader: LogReader,
     groups: list,
-    config: ClickConfig,
+    order: str,
     dealt: int,
     block_rows: int,
     seed: int,
@@ -132,7 +199,7 @@ def _train_stream(
     first: int,
 ):
     """The rows of the epochs from `first` on, in blocks of one worker's; `dealt` rows go round all workers once."""
-    by_day = config.order == "chronological"
+    by_day = order == "chronological"
     chunks = [chunk for epoch in range(first, epochs) for chunk in plan_epoch(groups, dealt, (seed, epoch), by_day)]
     return ingest.stream(reader, chunks, block_rows)
 

@@ -1,6 +1,6 @@
 """The last stage: every model on the same test rows."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +8,7 @@ import torch
 from ray.data import ActorPoolStrategy
 
 from ctrdist import metrics
+from ctrdist.beside import PROBABILITY
 from ctrdist.encode import ITEM
 from ctrdist.epoch import plan_pass
 from ctrdist.export import load_click_model
@@ -20,49 +21,91 @@ from raycluster.stages.click import encoded_batch
 from raycluster.stages.read import Read
 
 
-class Scorer:
-    """An actor that scores rows with several click models; each row once."""
+class Scored(NamedTuple):
+    """What scores the test rows.
 
-    def __init__(self, reader: LogReader, models: dict[str, tuple[str, str | None]], threads: int) -> None:
+    Args:
+        output: of a click model; None for a model whose probabilities stand beside the log.
+        text: output of its text table, if it has one.
+        folder: of the model within its output.
+    """
+
+    output: Manifest | None
+    text: Manifest | None = None
+    folder: str = ""
+
+    @property
+    def names(self) -> tuple[str, str | None, str]:
+        """By name, as actors get them."""
+        return self.output.name, self.text and self.text.name, self.folder
+
+    @property
+    def identity(self) -> tuple:
+        """What the scores depend on."""
+        return self.output and self.output.identity, self.text and self.text.identity, self.folder
+
+
+class Scorer:
+    """An actor that scores rows with several click models; each row once.
+
+    Args:
+        models: by name, output, text table's output and folder (`Scored.names`).
+        beside: name of the model whose probabilities stand beside the log; "" for none.
+    """
+
+    def __init__(
+        self, reader: LogReader, models: dict[str, tuple[str, str | None, str]], beside: str, threads: int
+    ) -> None:
         torch.set_num_threads(threads)
-        self.reader, state = reader, State(reader.state)
+        self.reader, self.beside, state = reader, beside, State(reader.state)
         schema, _, _ = reader.open()
         self.models = {
-            name: (load_click_model(state.local(output), schema), text) for name, (output, text) in models.items()
+            name: (load_click_model(state.local(output) / folder, schema), text)
+            for name, (output, text, folder) in models.items()
         }
 
     @torch.inference_mode()
     def __call__(self, batch):
         columns = {USER_ID: batch[f"raw.{USER_ID}"], ITEM: batch[ITEM], LABEL: batch[LABEL]}
+        if self.beside:
+            columns[self.beside] = batch[f"raw.{PROBABILITY}"]
+        batches = {text: encoded_batch(self.reader, text, batch) for _, text in self.models.values()}
         for name, (model, text) in self.models.items():
-            columns[name] = model.predict(encoded_batch(self.reader, text, batch)).numpy()
+            columns[name] = model.predict(batches[text]).numpy()
         truth = self.reader.open()[0].truth
         if truth:
             columns["best"] = batch[f"raw.{truth}"]
         return pa.table(columns)
 
 
-def evaluate(day: Day, read: Read, models: dict[str, tuple[Manifest, Manifest | None]]) -> dict[str, Any]:
+def evaluate(
+    day: Day, read: Read, models: dict[str, tuple[Manifest | None, Manifest | None]], beside: Manifest | None = None
+) -> dict[str, Any]:
     """Score the test rows with every model, each row exactly once, and compare (`ctrdist.metrics.evaluate`).
 
     Args:
-        models: by name, the model's output and its text table's.
+        models: by name, what `Scored` says of each.
+        beside: output that tells what stands beside the log (`stages.elec.represent`), if a model needs it.
 
     Returns:
         The parts `rows`, `models`, `gain` (of the last model over the first, if there are two) and `groups` of the
         report.
     """
+    scored_by = {name: Scored(*model) for name, model in models.items()}
     inputs = fingerprint(
         read.identity,
         [str(d) for d in day.window.test],
-        {name: (m.identity, t and t.identity) for name, (m, t) in models.items()},
+        {name: model.identity for name, model in scored_by.items()},
+        beside and beside.identity,
     )
-    reader = LogReader(day.options.data, day.state.uri, read.output.name)
+    where = beside.facts["beside"] if beside else ""
+    reader = LogReader(day.options.data, day.state.uri, read.output.name, where)
     groups = read.groups(day.window.test)
-    outputs = {name: (model.name, text and text.name) for name, (model, text) in models.items()}
+    outputs = {name: model.names for name, model in scored_by.items() if model.output}
+    written = "".join(name for name, model in scored_by.items() if not model.output)
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
-        keep = (USER_ID, day.schema.truth) if day.schema.truth else (USER_ID,)
+        keep = (USER_ID, *filter(None, (day.schema.truth, written and PROBABILITY)))
         stream = ingest.stream(reader, plan_pass(groups), keep=keep)
         scored = stream.map_batches(
             Scorer,
@@ -70,7 +113,12 @@ def evaluate(day: Day, read: Read, models: dict[str, tuple[Manifest, Manifest | 
             batch_format="pyarrow",
             num_cpus=day.plan.worker_cpus,
             compute=ActorPoolStrategy(size=day.plan.workers),
-            fn_constructor_kwargs={"reader": reader, "models": outputs, "threads": day.plan.threads},
+            fn_constructor_kwargs={
+                "reader": reader,
+                "models": outputs,
+                "beside": written,
+                "threads": day.plan.threads,
+            },
         )
         facts = {"rows": read.total(day.window.test)}
         with day.state.create(name, inputs, facts) as folder:

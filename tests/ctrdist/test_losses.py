@@ -63,12 +63,76 @@ def test_language_model_total_is_equation_4():
     assert losses.language_model_total(logits, targets).item() == pytest.approx(total, abs=1e-12)
 
 
+LOGITS = [(-1.3, 0.4), (0.2, -2.0), (2.5, 1.1), (-4.0, -3.0), (0.0, 0.7)]
+"""Of a student and a teacher."""
+
+
+def sigmoid(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
+
+
+def by_hand(kind: str) -> float:
+    """The distillation of LOGITS, written as the papers do."""
+    students, teachers = zip(*LOGITS, strict=True)
+    if kind == "pointwise":
+        pairs = [(sigmoid(s), sigmoid(t)) for s, t in LOGITS]
+        return -sum(t * math.log(s) + (1 - t) * math.log(1 - s) for s, t in pairs) / 5
+    value = sigmoid if kind == "clid" else math.exp
+    own, its = sum(map(value, students)), sum(map(value, teachers))
+    return -sum(value(t) / its * math.log(value(s) / own) for s, t in LOGITS)
+
+
+@pytest.mark.parametrize("kind", losses.SCORE_LOSSES)
+def test_score_distillation_is_what_the_papers_say(kind: str):
+    student, teacher = torch.tensor(LOGITS, dtype=torch.float64).T
+    found = losses.score_distillation(student, teacher, kind)
+    assert found.item() == pytest.approx(by_hand(kind), abs=1e-12)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    torch.testing.assert_close(losses.score_distillation(student[order], teacher[order], kind), found)
+    if kind != "pointwise":
+        assert losses.score_distillation(student, teacher, kind, mean=True).item() == pytest.approx(by_hand(kind) / 5)
+
+
+@pytest.mark.parametrize("kind", losses.SCORE_LOSSES)
+def test_distillation_moves_the_student_alone_and_rests_at_the_teacher(kind: str):
+    student, teacher = torch.tensor(LOGITS, dtype=torch.float64).T
+    student, teacher = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+    losses.score_distillation(student, teacher, kind).backward()
+    assert student.grad.abs().min() > 1e-4 and teacher.grad is None
+    alike = teacher.detach().clone().requires_grad_()
+    losses.score_distillation(alike, teacher, kind).backward()
+    torch.testing.assert_close(alike.grad, torch.zeros_like(alike), rtol=0, atol=1e-12)
+    own, its = rows(5, 3).requires_grad_(), rows(5, 3, seed=1).requires_grad_()
+    losses.representation_distillation(own, its).backward()
+    torch.testing.assert_close(own.grad, 2 / 5 * (own - its).detach())
+    assert its.grad is None
+
+
+def test_representation_distillation_is_elec_equation_3():
+    student, teacher = rows(5, 3), rows(5, 3, seed=1)
+    expected = sum((a - b) ** 2 for a, b in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True))
+    assert losses.representation_distillation(student, teacher).item() == pytest.approx(expected / 5, abs=1e-12)
+
+
+def test_listwise_softmax_is_the_cross_entropy_of_pytorch_at_any_size_of_the_logits():
+    student, teacher = 300 * torch.tensor(LOGITS).T
+    expected = torch.nn.functional.cross_entropy(student, torch.softmax(teacher, 0))
+    torch.testing.assert_close(losses.score_distillation(student, teacher, "softmax"), expected)
+    assert losses.score_distillation(student - 90, teacher, "clid").isfinite()
+
+
 def test_half_precision_is_summed_in_float32():
     assert losses.binary_cross_entropy(torch.zeros(4, dtype=torch.bfloat16), torch.ones(4)).dtype == torch.float32
     assert losses.info_nce(torch.ones(2, 3).bfloat16(), torch.ones(2, 3).bfloat16(), 1.0).dtype == torch.float32
 
 
 def test_nothing_at_all_gives_zero_and_zero_gradients():
+    for kind in losses.SCORE_LOSSES:
+        for function in (losses.score_distillation, losses.local_score_distillation):
+            empty = torch.zeros(0, requires_grad=True)
+            loss = function(empty, torch.zeros(0), kind)
+            loss.backward()
+            assert loss.item() == 0 and empty.grad is not None
     logits = torch.zeros(0, 5, requires_grad=True)
     loss = losses.global_mean(losses.language_model_total(logits, torch.zeros(0, dtype=torch.int64)), 0)
     loss.backward()
@@ -80,6 +144,8 @@ def test_user_errors():
         losses.info_nce(torch.ones(2, 3), torch.ones(2, 3), 1.0, similarity="l2")
     with pytest.raises(UserError, match="temperature: 0 "):
         losses.info_nce(torch.ones(2, 3), torch.ones(2, 3), 0)
+    with pytest.raises(UserError, match="distillation: unknown 'kl'; known: clid, softmax, pointwise"):
+        losses.score_distillation(torch.ones(2), torch.ones(2), "kl")
 
 
 WEIGHTS = torch.tensor([3.0, 0.1, 0.0, 1.0, 0.5, 2.0, 0.01], dtype=torch.float64)
@@ -102,18 +168,28 @@ def local_loss(group: Group, split: list[int]) -> Tensor:
     return losses.info_nce(rows(7, 4)[mine], rows(7, 4, seed=1)[mine], 0.5, group, negatives="local")
 
 
+def local_lists(group: Group, split: list[int]) -> Tensor:
+    start = sum(split[: group.rank])
+    mine = slice(start, start + split[group.rank])
+    return losses.local_score_distillation(rows(7)[mine], rows(7, seed=1)[mine], "clid", group)
+
+
 def all_losses(group: Group, split: list[int]) -> dict[str, list[Tensor]]:
     """Each loss and its gradient with respect to one shared matrix, from this worker's part of seven rows."""
     start = sum(split[: group.rank])
     mine = slice(start, start + split[group.rank]) if group.size > 1 else slice(None)
     out = {}
-    for name in ("bce", "dot", "cosine", "symmetric", "frozen", "weighted", "mlm"):
+    for name in ("bce", "dot", "cosine", "symmetric", "frozen", "weighted", "mlm", "mse", *losses.SCORE_LOSSES):
         weight = rows(4, 4, seed=2).requires_grad_()
         query, key = rows(7, 4)[mine] @ weight, torch.tanh(rows(7, 4, seed=1)[mine] @ weight)
         if name == "bce":
             loss = losses.binary_cross_entropy(query[:, 0], torch.arange(7)[mine] % 2, group)
         elif name == "mlm":
             loss = losses.global_mean(losses.language_model_total(query, torch.arange(7)[mine] % 4), len(query), group)
+        elif name in losses.SCORE_LOSSES:
+            loss = losses.score_distillation(query[:, 0], key[:, 1], name, group, mean=name == "softmax")
+        elif name == "mse":
+            loss = losses.representation_distillation(query, key, group)
         elif name == "symmetric":
             loss = losses.symmetric_info_nce(query, key, 0.5, group)
         elif name == "frozen":
@@ -128,7 +204,10 @@ def all_losses(group: Group, split: list[int]) -> dict[str, list[Tensor]]:
 
 
 def every_split(group: Group, splits: list[list[int]]) -> list[dict[str, list[Tensor]]]:
-    return [all_losses(group, split) | {"local": [local_loss(group, split)]} for split in splits]
+    return [
+        all_losses(group, split) | {"local": [local_loss(group, split)], "lists": [local_lists(group, split)]}
+        for split in splits
+    ]
 
 
 def test_two_workers_have_the_loss_and_the_mean_gradient_of_one(two_workers):
@@ -139,6 +218,10 @@ def test_two_workers_have_the_loss_and_the_mean_gradient_of_one(two_workers):
                     zip(rows(7, 4).split(split), rows(7, 4, seed=1).split(split), strict=True))  # fmt: skip
         assert torch.equal(one["local"][0], other["local"][0])
         torch.testing.assert_close(one["local"][0], -total / 7)
+        lists = [losses.score_distillation(s, t, "clid") for s, t in
+                 zip(rows(7).split(split), rows(7, seed=1).split(split), strict=True) if len(s)]  # fmt: skip
+        assert torch.equal(one["lists"][0], other["lists"][0])
+        torch.testing.assert_close(one["lists"][0], torch.stack(lists).mean())
         for name, (loss, gradient) in alone.items():
             assert torch.equal(one[name][0], other[name][0]), (split, name)
             torch.testing.assert_close(one[name][0], loss, rtol=1e-12, atol=0)

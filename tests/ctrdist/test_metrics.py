@@ -64,6 +64,17 @@ def test_calibration_bins_hold_every_row_once(rows):
     assert len(metrics.calibration([0, 1], [0.1, 0.2])) == 2
 
 
+def test_calibration_error_is_the_mean_distance_over_the_rows(rows):
+    order = np.argsort(rows["b"], kind="stable")
+    distance = 0.0
+    for part in np.array_split(order, 10):
+        distance += abs(rows["b"][part].mean(dtype=np.float64) - rows["label"][part].mean()) * len(part)
+    found = metrics.calibration_error(metrics.calibration(rows["label"], rows["b"]))
+    assert found == pytest.approx(distance / 4000, abs=1e-12)
+    half = metrics.calibration(np.tile([0, 1], 50), np.full(100, 0.5), bins=5)
+    assert metrics.calibration_error(half) == 0
+
+
 def test_popularity_groups_at_their_edges(rows):
     trained = np.array([0, 1, 4, 5, 9, 10, 29, 30, 99, 100, 299, 300, 10**6])
     groups = metrics.popularity_groups(trained, np.ones(13), {"a": np.ones(13)})

@@ -1,0 +1,91 @@
+"""The distinct texts of a log's interactions: each is there once, however many rows say the same.
+
+A folder holds `texts.arrow`, the texts in the order of their hashes, `hashes.npy`, uint64 [n], and `sides.arrow`, what
+is said of each item by catalog row. A row of the log finds its text's number by the hash of the text.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ctrdist.config import from_dict, to_dict
+from ctrdist.encode import TEXT_ROW
+from ctrdist.interaction_text import TextConfig, interaction_texts, item_sides
+from ctrdist.items import Catalog, ItemTexts, by_catalog_row, text_hashes
+from ctrdist.log import RowGroup, find_faults
+from ctrdist.schema import ITEM_ID, Schema
+
+TEXTS, HASHES, SIDES, OPTIONS = "texts.arrow", "hashes.npy", "sides.arrow", "text.json"
+
+Texts = tuple[np.ndarray, pa.Array]
+"""Hashes, uint64 [n], ascending and distinct, and the texts, large_string [n]."""
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """What makes the texts of rows, and knows their numbers.
+
+    Args:
+        sides: fields and free text of each item, large_string by catalog row.
+        schema: of the log.
+        catalog: numbers the items.
+        config: what is said.
+        hashes: uint64 [n], of all texts, ascending; empty before they are gathered.
+    """
+
+    sides: tuple[pa.Array, pa.Array]
+    schema: Schema
+    catalog: Catalog
+    config: TextConfig
+    hashes: np.ndarray
+
+    @classmethod
+    def of(cls, items: pa.Table, schema: Schema, catalog: Catalog, config: TextConfig) -> "Interactions":
+        """For the rows of a log with these items (`ctrdist.items.read_items`)."""
+        fields, free = (by_catalog_row(side, items, catalog.ids) for side in item_sides(items, schema, config))
+        return cls((fields, free), schema, catalog, config, np.empty(0, np.uint64))
+
+    def save(self, folder: Path, texts: Texts) -> None:
+        """Write it with the texts of all rows."""
+        np.save(folder / HASHES, texts[0])
+        ItemTexts.write_column(folder / TEXTS, texts[1])
+        table = pa.table(dict(zip(("fields", "free"), self.sides, strict=True)))
+        with pa.OSFile(str(folder / SIDES), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        (folder / OPTIONS).write_text(json.dumps(to_dict(self.config)))
+
+    @classmethod
+    def load(cls, folder: Path, schema: Schema, catalog: Catalog) -> "Interactions":
+        """Map what `save` wrote."""
+        table = pa.ipc.open_file(pa.memory_map(str(folder / SIDES))).read_all()
+        config = from_dict(TextConfig(), json.loads((folder / OPTIONS).read_text()), str(folder / OPTIONS))
+        sides = table["fields"].combine_chunks(), table["free"].combine_chunks()
+        return cls(sides, schema, catalog, config, np.load(folder / HASHES, mmap_mode="r"))
+
+    def texts(self, rows: pa.Table) -> pa.Array:
+        """The text of each row of the log, large_string [n]."""
+        at = self.catalog.ids.lookup(rows[ITEM_ID], ITEM_ID)
+        return interaction_texts(rows, at, self.sides, self.schema, self.config)
+
+    def distinct(self, group: RowGroup, rows: pa.Table) -> Texts:
+        """The distinct texts of a row group's good rows."""
+        texts = self.texts(rows.filter(pa.array(find_faults(rows, group.day, self.catalog) == 0)))
+        return merged([(text_hashes(texts.to_pylist()), texts)])
+
+    def numbers(self, _group: RowGroup, rows: pa.Table) -> dict[str, pa.Array]:
+        """The number of each row's text, int64 [n], as the column `beside.text`; 0 where the text is not there, as it
+        may be of a bad row."""
+        hashes = text_hashes(self.texts(rows).to_pylist())
+        at = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
+        return {TEXT_ROW: pa.array(np.where(self.hashes[at] == hashes, at, 0).astype(np.int64))}
+
+
+def merged(parts: Iterable[Texts]) -> Texts:
+    """The distinct ones of several texts, in the order of their hashes."""
+    hashes, texts = zip(*parts, strict=True)
+    distinct, first = np.unique(np.concatenate(hashes), return_index=True)
+    return distinct, pa.concat_arrays(texts).take(pa.array(first))

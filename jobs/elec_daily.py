@@ -1,0 +1,122 @@
+"""ELEC, every day: a gain network that reads what a language model made of a row teaches the network that serves.
+
+Reads a prepared log (jobs/prepare.py), encodes texts by a frozen language model, trains its new layers on clicks
+(M-LLM), writes their representation of every row beside the log, trains the backbone alone and the pair of gain and
+vanilla network, evaluates all four on the same test rows, and releases and registers the vanilla network: no text, no
+language model. A run for the next day starts from the day before; a run that was cut off goes on where it was.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ctrdist import backbones
+from ctrdist.config import to_dict
+from ctrdist.interaction_text import TextConfig
+from ctrdist.language.encode import EncodeConfig, Source
+from ctrdist.language.model import check_model
+from ctrdist.storage import fingerprint
+from ctrdist.tasks.click import ClickConfig
+from ctrdist.tasks.distill import DistillConfig
+from ctrdist.tasks.m_llm import MLLMConfig
+from raycluster import cli, cluster, registry, reporting
+from raycluster.day import Day, DayOptions, run_day
+from raycluster.stages.click import train_click
+from raycluster.stages.elec import (
+    GAIN,
+    FrozenLanguageModelConfig,
+    Granularity,
+    distill,
+    encode_interactions,
+    represent,
+    train_m_llm,
+)
+from raycluster.stages.evaluate import evaluate
+from raycluster.stages.read import read_log
+
+
+@dataclass(frozen=True)
+class ElecOptions(DayOptions):
+    """Options of the day.
+
+    Args:
+        text_granularity: what is encoded. `item`: each item's text once; a row's state is that of its item, and the
+            mean of those of its history. `interaction`: each distinct text of a row, as the paper does, at the cost of
+            the rows and not of the items.
+        lm: the language model.
+        text: what it reads.
+        encode: texts to states.
+        m_llm: the layers on it.
+        ctr: the CTR model: of the backbone alone, and of both networks of the pair.
+        distill: how the gain network teaches.
+    """
+
+    experiment: str = "elec"
+    text_granularity: Granularity = "item"
+    lm: FrozenLanguageModelConfig = field(default_factory=FrozenLanguageModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    m_llm: MLLMConfig = field(default_factory=MLLMConfig)
+    ctr: ClickConfig = field(default_factory=lambda: ClickConfig(backbone="dcnv2"))
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+    job = "elec_daily"
+
+    def check(self) -> None:
+        """Raise a UserError for what can be known to be wrong before anything is read."""
+        backbones.check(self.ctr.backbone)
+        check_model(self.lm.name, head=False)
+
+    def batch_sizes(self) -> dict[str, int]:
+        """Rows of a global batch, by option."""
+        return {"--ctr.batch-size": self.ctr.batch_size, "--m-llm.batch-size": self.m_llm.batch_size}
+
+    def source(self) -> Source:
+        """The language model, as any process finds it."""
+        name = self.lm.name
+        return Source(cluster.absolute(name) if Path(name).is_dir() else name, pooling=self.lm.pooling)
+
+    def representation(self) -> str:
+        """Fingerprint of what a row's representation means, besides the weights of the new layers."""
+        parts = to_dict(self.text), self.text_granularity, self.m_llm.hidden, self.distill.without_text
+        return fingerprint(self.source().fingerprint(self.encode), *parts)
+
+
+def run(options: ElecOptions) -> None:
+    """The paper's day, from the log to the release."""
+    options.check()
+    run_day(options, lambda day: elec(day, options))
+
+
+def elec(day: Day, options: ElecOptions) -> dict:
+    """All stages, in order; returns the report."""
+    options.text.check(day.schema)
+    meaning = options.representation()
+    # States of another language model mean something else: all that reads them then learns the whole window anew.
+    anew = day.previous is not None and day.previous.facts["representation"] != meaning
+    read = read_log(day, whole_window=anew)
+    days = day.window.train if anew else read.train
+
+    def before(part: str):
+        return None if anew else day.earlier(part)
+
+    text = m_llm = represented = None
+    if not options.distill.without_text:
+        granularity = options.text_granularity
+        text = encode_interactions(day, read, options.source(), granularity, options.encode, options.text)
+        m_llm = train_m_llm(day, read, text, granularity, options.m_llm, before("m_llm"), days)
+        represented = represent(day, read, text, m_llm, granularity)
+    backbone = train_click(day, "backbone", read, options.ctr, start=day.earlier("backbone"))
+    pair = distill(day, read, represented, options.ctr, options.distill, before("elec"), days)
+
+    models = {"backbone": (backbone, None)}
+    if m_llm:
+        models["m_llm"] = (None, None)
+    models |= {"gain": (pair, None, GAIN), "vanilla": (pair, None)}
+    report = reporting.assemble(day, read, evaluate(day, read, models, represented), text)
+    facts = {"representation": meaning, "backbone": backbone.name} | ({"m_llm": m_llm.name} if m_llm else {})
+    registry.release(day, read.output, {"elec": (pair, None)}, report, facts)
+    return report
+
+
+if __name__ == "__main__":
+    cli.main(lambda: run(cli.parse(ElecOptions(), __doc__)))

@@ -1,0 +1,230 @@
+"""The daily job of ELEC, whole, on a small world and a tiny language model."""
+
+import datetime as dt
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from ctrdist.backbones import BackboneConfigs, dcnv2
+from ctrdist.datasets.synthetic import SyntheticConfig, prepare
+from ctrdist.errors import UserError
+from ctrdist.export import Release, load_click_model
+from ctrdist.interaction_text import TextConfig
+from ctrdist.language.encode import EncodeConfig, Encoder
+from ctrdist.log import log_columns
+from ctrdist.schema import Field, Schema
+from ctrdist.storage import State
+from ctrdist.tasks.click import ClickConfig
+from ctrdist.tasks.distill import DistillConfig
+from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel
+from jobs import elec_daily as JOB
+from raycluster.stages.elec import GAIN, FrozenLanguageModelConfig
+
+SCHEMA = Schema(user=(Field("user_id"),), item=(Field("item_id"), Field("genres", "multi")), text=("{title}",))
+FIRST, SECOND = dt.date(2024, 1, 4), dt.date(2024, 1, 5)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Seven days, and two bad rows on the second one."""
+    out = tmp_path_factory.mktemp("elec") / "data"
+    prepare(SyntheticConfig(users=60, items=90, days=7, rows_per_day=300), out)
+    day = out / "interactions" / "dt=2024-01-02"
+    table = pq.read_table(next(day.glob("*.parquet"))).slice(0, 4)
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    columns["label"][0] = 2
+    columns["item_id"][2] = "never heard of"
+    pq.write_table(pa.table(columns, schema=table.schema), day / "bad.parquet")
+    return out
+
+
+@pytest.fixture(scope="module")
+def options(data, tiny_lm):
+    return JOB.ElecOptions(
+        data=str(data), state=str(data.parent / "state"), date=FIRST, train_days=4, test_days=1, workers=1,
+        lm=FrozenLanguageModelConfig(name=str(tiny_lm)), max_bad_fraction=0.01,
+        ctr=ClickConfig(backbone="dcnv2", epochs=1, batch_size=256, dim=8,
+                        networks=BackboneConfigs(dcnv2=dcnv2.Config(hidden=(16,), dropout=0.0))),
+        m_llm=MLLMConfig(hidden=(16, 8), epochs=1, batch_size=256),
+        encode=EncodeConfig(max_length=32, shard_items=16, precision="float32"),
+    )  # fmt: skip
+
+
+def report_of(options, date: dt.date) -> dict:
+    return json.loads((Path(options.state) / "releases" / str(date) / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def first_day(ray_cluster, options) -> dict:
+    JOB.run(options)
+    return report_of(options, FIRST)
+
+
+def test_the_report_compares_all_four_on_the_same_rows(first_day, options):
+    assert list(first_day["models"]) == ["backbone", "m_llm", "gain", "vanilla", "best"]
+    for model in first_day["models"].values():
+        for metric in ("auc", "log_loss", "gauc", "auc_cold", "log_loss_cold", "calibration_error"):
+            assert 0 < model[metric] < 3
+    assert list(first_day["stages"]) == ["encode", "m_llm", "represent", "backbone", "distill", "evaluate"]
+    assert all(stage["seconds"] > 0 and stage["rows"] > 0 for stage in first_day["stages"].values())
+    scored = pq.read_table(State(options.state).local(f"runs/{FIRST}/evaluate") / "predictions.parquet")
+    assert scored.num_rows == first_day["rows"]["test"] == 300
+    for model in ("backbone", "m_llm", "gain", "vanilla"):
+        assert first_day["models"][model]["auc"] == pytest.approx(roc_auc_score(scored["label"], scored[model]))
+    assert len({first_day["models"][model]["auc"] for model in first_day["models"]}) == 5
+    assert {"auc", "auc_p", "cold"} <= set(first_day["gain"])
+
+
+def test_representations_stand_beside_the_log_row_by_row(first_day, options, data):
+    state = State(options.state)
+    model = ModifiedLanguageModel.load(state.local(f"runs/{FIRST}/m_llm"))
+    table = np.load(state.local(f"runs/{FIRST}/encode") / "text_table.npy")
+    ids = ["", "", *sorted(pq.read_table(data / "items")["item_id"].to_pylist())]
+    for path in sorted((data / "interactions").rglob("*.parquet")):
+        name = f"runs/{FIRST}/represent.rows/{path.parent.name}/{path.name}"
+        if path.parent.name > "dt=2024-01-05":
+            assert state.find(name) is None
+            continue
+        mirror = pq.ParquetFile(state.local(name) / path.name).read()
+        rows = pq.ParquetFile(path).read()
+        assert mirror.num_rows == rows.num_rows and mirror.schema.field("vector").type == pa.list_(pa.float16(), 8)
+        for number in range(0, rows.num_rows, 37):
+            item, past = rows["item_id"][number].as_py(), rows["history"][number].as_py()[-20:]
+            if item not in ids or rows["label"][number].as_py() > 1:
+                assert mirror["vector"][number].as_py() == [0.0] * 8
+                continue
+            behaviours = [table[ids.index(i)].astype(np.float32) for i in past] or [np.zeros(16, np.float32)]
+            states = np.concatenate([table[ids.index(item)].astype(np.float32), np.mean(behaviours, 0)])
+            with torch.no_grad():
+                expected = model.transform(model.norm(torch.from_numpy(states)[None]))
+                chance = torch.sigmoid(model.logits(expected)).item()
+            np.testing.assert_allclose(mirror["vector"][number].as_py(), expected[0], rtol=2e-3, atol=2e-3)
+            assert mirror["probability"][number].as_py() == pytest.approx(chance, abs=1e-5)
+
+
+def test_only_the_vanilla_network_is_released_and_registered(first_day, options, data):
+    import mlflow
+
+    state = State(options.state)
+    release = state.find(f"releases/{FIRST}")
+    assert {name.split("/")[0] for name in release.files} == {
+        "schema.yaml", "vocabulary", "catalog", "elec", "release.json", "report.json", "report.html"
+    }  # fmt: skip
+    assert {name for name in release.files if name.startswith("elec/")} == {"elec/model.safetensors", "elec/model.json"}
+    schema = Schema.load(data / "schema.yaml")
+    vanilla, backbone = (
+        load_click_model(state.local(f"runs/{FIRST}/{name}"), schema) for name in ("distill", "backbone")
+    )
+    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (vanilla, backbone)]
+    assert shapes[0] == shapes[1] and not vanilla.vector_dim
+    assert load_click_model(state.local(f"runs/{FIRST}/distill") / GAIN, schema).vector_dim == 8
+    descriptions = [
+        (state.local(f"runs/{FIRST}/{name}") / "model.json").read_text() for name in ("distill", "backbone")
+    ]
+    assert descriptions[0] == descriptions[1]
+
+    mlflow.set_tracking_uri(f"sqlite:///{options.state}/mlflow.db")
+    served = mlflow.pyfunc.load_model("models:/elec/1")
+    scored = pq.read_table(state.local(f"runs/{FIRST}/evaluate") / "predictions.parquet")
+    rows = pq.read_table(data / "interactions" / "dt=2024-01-05", columns=log_columns(schema), partitioning=None)
+    names = [column.name for column in served.metadata.get_input_schema()]
+    found = served.predict(rows.to_pandas()[names])["probability"].to_numpy()
+    np.testing.assert_allclose(np.sort(found), np.sort(scored["vanilla"].to_numpy()), atol=1e-5)
+
+
+def test_a_run_cut_off_goes_on_and_ends_alike(first_day, options, capsys):
+    state = State(options.state)
+    kept = state.find(f"runs/{FIRST}/represent.rows/dt=2024-01-02/bad.parquet").folder
+    for name in ("runs/{}/represent.rows/dt=2024-01-01/part-00000.parquet", "runs/{}/represent", "runs/{}/evaluate",
+                 "releases/{}"):  # fmt: skip
+        assert state.find(name.format(FIRST)), state.names(f"runs/{FIRST}/represent.rows/dt=2024-01-01")
+        state.remove(name.format(FIRST))
+    JOB.run(options)
+    out = capsys.readouterr().out
+    for stage in ("encode", "m_llm", "backbone", "distill"):
+        assert f"{stage:10} done before" in out
+    assert state.find(f"runs/{FIRST}/represent.rows/dt=2024-01-02/bad.parquet").folder == kept
+    assert state.find(f"runs/{FIRST}/represent.rows/dt=2024-01-01/part-00000.parquet")
+    assert report_of(options, FIRST)["models"] == first_day["models"]
+
+
+def test_the_next_day_may_read_interactions_each_text_once(first_day, options, data, monkeypatch):
+    other = replace(options, date=SECOND, text_granularity="interaction", text=TextConfig(leave_out=("user_id",)))
+    JOB.run(other)
+    state, report = State(options.state), report_of(options, SECOND)
+    # Other texts mean other states: their layers and the pair learn the whole window; the backbone goes on.
+    assert report["stages"]["backbone"]["rows"] == 300
+    assert report["stages"]["m_llm"]["rows"] == report["stages"]["distill"]["rows"] == 300 * 3 + 2
+    schema, items = Schema.load(data / "schema.yaml"), pq.read_table(data / "items").to_pylist()
+    said = {item["item_id"]: item for item in items}
+
+    def text(row: dict) -> str:
+        item, fields = said[row["item_id"]], [f.name for f in schema.row_fields + schema.item if f.name != "user_id"]
+        parts = [f"{name} is {row.get(name, item.get(name))}." for name in fields]
+        return " ".join([*parts, f"{item['title']}.", item["text"]])
+
+    rows = [
+        row for day in range(2, 7) for row in pq.read_table(data / "interactions" / f"dt=2024-01-0{day}").to_pylist()
+    ]
+    rows = [row for row in rows if row["item_id"] in said and row["label"] <= 1]
+    expected = {text(row) for row in rows}
+    made = state.find(f"runs/{SECOND}/encode").facts
+    assert made["encoded"] == made["items"] == len(expected) < len(rows) and made["copied"] == 0
+    texts = pa.ipc.open_file(str(state.local(f"runs/{SECOND}/encode.texts") / "texts.arrow")).read_all()["text"]
+    assert sorted(texts.to_pylist()) == sorted(expected)
+
+    # A row's state is that of its own text.
+    folder, source = state.local(f"runs/{SECOND}/m_llm"), other.source()
+    model = ModifiedLanguageModel.load(folder)
+    path = next((data / "interactions" / "dt=2024-01-03").glob("*.parquet"))
+    mirror = state.local(f"runs/{SECOND}/represent.rows/{path.parent.name}/{path.name}") / path.name
+    vectors = pq.ParquetFile(mirror).read()["vector"].to_pylist()[:9]
+    own = pq.ParquetFile(path).read().to_pylist()[:9]
+    states = Encoder(source.load(), other.encode).encode(source.tokenizer(32)([text(row) for row in own]))
+    with torch.no_grad():
+        expected = model.transform(model.norm(torch.from_numpy(states.astype(np.float32))))
+    np.testing.assert_allclose(vectors, expected, rtol=5e-3, atol=5e-3)
+    assert Release(state.local(f"releases/{SECOND}")).model.vector_dim == 0
+
+
+def test_without_text_no_stage_of_the_language_model_runs(options, monkeypatch):
+    """The stages as the job calls them, in place of the stages themselves."""
+    called, evaluated = [], {}
+
+    def stage(name: str):
+        def call(*arguments, **_options):
+            called.append((name, arguments))
+            return SimpleNamespace(name=name)
+
+        return call
+
+    stages = ("read_log", "encode_interactions", "train_m_llm", "represent", "train_click", "distill")
+    for name in stages:
+        monkeypatch.setattr(JOB, name, stage(name))
+    monkeypatch.setattr(JOB, "evaluate", lambda _day, _read, models, beside: evaluated.update(models, beside=beside))
+    monkeypatch.setattr(JOB.reporting, "assemble", lambda *_: {})
+    monkeypatch.setattr(JOB.registry, "release", stage("release"))
+    monkeypatch.setattr(JOB, "read_log", lambda *_, **__: SimpleNamespace(train=(), output=None))
+    day = SimpleNamespace(previous=None, schema=SCHEMA, window=None, earlier=lambda _part: None)
+    JOB.elec(day, replace(options, distill=DistillConfig(without_text=True)))
+    assert [name for name, _ in called] == ["train_click", "distill", "release"] and called[1][1][2] is None
+    assert list(evaluated) == ["backbone", "gain", "vanilla", "beside"] and evaluated["beside"] is None
+    assert list(called[2][1][2]) == ["elec"] and set(called[2][1][4]) == {"representation", "backbone"}
+    with pytest.raises(UserError, match="text.leave_out: 'genre': did you mean"):
+        JOB.elec(day, replace(options, text=TextConfig(leave_out=("genre",))))
+
+
+def test_what_makes_no_sense_is_refused_before_anything_is_read(options):
+    with pytest.raises(UserError, match="no such backbone; did you mean 'dcnv2'"):
+        JOB.run(replace(options, ctr=replace(options.ctr, backbone="dcnv3")))
+    with pytest.raises(UserError, match="--m-llm.batch-size 255: does not divide among 2 workers"):
+        JOB.run(replace(options, date=SECOND, state=options.state + "-other", workers=2,
+                        m_llm=replace(options.m_llm, batch_size=255)))  # fmt: skip
