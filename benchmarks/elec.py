@@ -1,14 +1,11 @@
 """ELEC on MovieTweetings: the vanilla network beside its own backbone alone, the gain network and the M-LLM.
 
-The last fifth of the rows, by whole days, is the test; the week before it is for validation and not trained on. Clicks
-are ratings of 8 or more, histories are the last 20 items with one. One modified language model, on the states of the
-items' texts, serves the networks of all seeds. A pair and its backbone have the same seed, and so the same initial
-weights and order of rows. Nothing is chosen here.
+One modified language model, on the states of the items' texts, serves the networks of all seeds. A pair and its
+backbone have the same seed, and so the same initial weights and order of rows. Nothing is chosen here.
 """
 
 import json
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.cells.click import score, train_click  # noqa: E402
-from benchmarks.cells.elec import item_states, train_m_llm, train_pair, with_representations  # noqa: E402
-from benchmarks.cells.log import SOURCE, last_fifth, open_log, prepare_movietweetings  # noqa: E402
+from benchmarks.cells.elec import train_m_llm, train_pair, with_representations  # noqa: E402
+from benchmarks.cells.language import text_table  # noqa: E402
+from benchmarks.cells.options import LogOptions, kept_in  # noqa: E402
 from ctrdist.language.encode import EncodeConfig, Source  # noqa: E402
 from ctrdist.tasks.click import ClickConfig  # noqa: E402
 from ctrdist.tasks.distill import DistillConfig  # noqa: E402
@@ -37,20 +35,18 @@ class Options:
     """What is measured.
 
     Args:
-        source: folder with the dataset's `ratings.dat` and `movies.dat`.
+        log: rows, days and texts.
         lm: a Hugging Face name or a local folder.
         seeds: one backbone and one pair each.
-        days: use only the last so many days; 0 uses all.
         ctr: the network.
         m_llm: the layers on the language model.
         distill: how the gain network teaches.
         encode: texts to states.
     """
 
-    source: Path = SOURCE
+    log: LogOptions = field(default_factory=LogOptions)
     lm: str = "sentence-transformers/all-MiniLM-L6-v2"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    days: int = 0
     ctr: ClickConfig = field(default_factory=lambda: ClickConfig(backbone="dcnv2"))
     m_llm: MLLMConfig = field(default_factory=MLLMConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -60,17 +56,15 @@ class Options:
 def main(options: Options) -> None:
     """Measure, print a table, and the JSON line."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
-        prepare_movietweetings(options.source, data)
-        log = open_log(str(data), last_fifth(str(data), options.days), Path(folder) / "bad")
-    states = item_states(log, Source(options.lm, pooling="mean"), options.encode)
+    with kept_in(None) as folder:
+        log = options.log.open(folder)
+    states, _ = text_table(log, Source(options.lm, pooling="mean"), options.encode)
     m_llm, took = train_m_llm(log, states, options.m_llm, 0)
     rows = [{"model": "m_llm", "seed": 0} | score(log, m_llm, states) | took]
     along = with_representations(log, m_llm, states)
     for seed in options.seeds:
         backbone, took = train_click(log, options.ctr, seed)
-        rows.append({"model": "backbone", "seed": seed} | score(log, backbone) | {"ms_a_step": took["ms_a_step"]})
+        rows.append({"model": "backbone", "seed": seed} | score(log, backbone) | took)
         pair, took = train_pair(along, options.ctr, options.distill, m_llm.width, seed)
         for name, model in (("gain", pair.whole_gain()), ("vanilla", pair.vanilla)):
             rows.append({"model": name, "seed": seed} | score(along, model) | took)

@@ -1,17 +1,14 @@
-"""ELEC's parts on a log in memory: a language model's states, its layers, representations, and the pair."""
+"""ELEC's parts on a log in memory: the layers on a language model, their representations, and the pair."""
 
-import time
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from benchmarks.cells.click import train_task
 from benchmarks.cells.log import Log
 from ctrdist.encode import VECTOR
-from ctrdist.language.encode import EncodeConfig, Encoder, Source
-from ctrdist.loop import LoopConfig, fit
 from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.distill import Distillation, DistillConfig
 from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel
@@ -19,20 +16,12 @@ from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel
 PARTS = ("train", "valid", "test")
 
 
-def item_states(log: Log, model: Source, config: EncodeConfig) -> np.ndarray:
-    """The states of all items' texts, [catalog rows, width], zeros without an item."""
-    texts = log.texts.to_pylist()
-    states = Encoder(model.load(), config).encode(model.tokenizer(config.max_length)(texts))
-    states[~log.catalog.present] = 0
-    return states
-
-
 def train_m_llm(
     log: Log, states: np.ndarray, config: MLLMConfig, seed: int
 ) -> tuple[ModifiedLanguageModel, dict[str, float]]:
     """The layers on the language model, trained as the daily job does on one worker, and what that took."""
     model = ModifiedLanguageModel(states.shape[1], log.schema.history_length > 0, config, seed)
-    return model, _train(model, log, config, seed, states)
+    return model, train_task(log, model, config, seed, states)
 
 
 @torch.inference_mode()
@@ -48,26 +37,10 @@ def with_representations(log: Log, model: ModifiedLanguageModel, states: np.ndar
 
 
 def train_pair(log: Log, ctr: ClickConfig, config: DistillConfig, width: int, seed: int) -> tuple[Distillation, dict]:
-    """Gain and vanilla network, trained as the daily job does on one worker, and what that took: `ms_a_step`.
+    """Gain and vanilla network, trained as the daily job does on one worker, and what that took.
 
     Args:
         log: with representations, unless `width` is 0.
     """
     pair = Distillation.build(log.schema, log.sizes, ctr, config, width, seed)
-    return pair, _train(pair, log, ctr, seed)
-
-
-def _train(task: Any, log: Log, config: Any, seed: int, text_table: np.ndarray | None = None) -> dict[str, float]:
-    size = config.batch_size
-    loop = LoopConfig(
-        -(-log.train.num_rows // size), config.epochs, schedule=config.schedule, warmup=config.warmup, seed=seed
-    )
-    began = time.perf_counter()
-    epochs = range(config.epochs)
-    progress = fit(
-        task, lambda _: (b for e in epochs for b in log.batches(log.train, size, (seed, e), text_table)), loop
-    )
-    return {
-        "ms_a_step": (progress.seconds - progress.waited) / progress.step * 1e3,
-        "seconds": time.perf_counter() - began,
-    }
+    return pair, train_task(log, pair, ctr, seed)

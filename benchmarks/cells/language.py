@@ -73,13 +73,20 @@ def encode(log: Log, folder: Path, config: EncodeConfig, out: Path) -> dict[str,
     Returns:
         `seconds`, tokenising included, `items` and real `tokens`.
     """
-    began, source, items = time.perf_counter(), Source(str(folder)), log.catalog.items
+    began = time.perf_counter()
+    table, tokens = text_table(log, Source(str(folder)), config)
+    np.save(out / TABLE, table)
+    return {"seconds": time.perf_counter() - began, "items": len(log.catalog.items), "tokens": tokens}
+
+
+def text_table(log: Log, source: Source, config: EncodeConfig) -> tuple[np.ndarray, int]:
+    """All items' texts by a language model, [catalog rows, width], zeros without an item; and the real tokens."""
+    items = log.catalog.items
     tokens = tokenize(log, source, items, config.max_length).tokens
     vectors = Encoder(source.load(), config).encode(tokens)
     table = np.zeros((log.catalog.size, vectors.shape[1]), vectors.dtype)
     table[items] = vectors
-    np.save(out / TABLE, table)
-    return {"seconds": time.perf_counter() - began, "items": len(items), "tokens": int(tokens.offsets[-1])}
+    return table, int(tokens.offsets[-1])
 
 
 def tokenize(log: Log, source: Source, items: np.ndarray, max_length: int) -> StoredTokens:

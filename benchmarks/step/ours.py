@@ -73,7 +73,7 @@ class DenseNetwork(nn.Module):
         history = torch.stack([self.tables["item"](x["history"]), self.tables["category"](x["history_category"])], 2)
         inputs = Inputs(fields, history, x["history"] != 0, TARGET)
         if self.columns > DIM:
-            first_order = all_fields(inputs)[:, :, -1]
+            first_order = all_fields(inputs)[:, :, -1] * self.backbone.first_order_scale
             inputs = Inputs(fields[..., :-1], history[..., :-1], inputs.mask, TARGET, first_order)
         representation, direct, auxiliary = self.backbone.represent(inputs)
         logits = self.backbone.head(representation) + direct
