@@ -8,7 +8,6 @@ encoded. Tasks on CPUs tokenise ahead of the actors (`ctrdist.language.encode.Sh
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import ray
@@ -25,53 +24,43 @@ from ctrdist.vocabulary import Vocabulary
 from raycluster.cluster import Plan
 from raycluster.tokens import Work, tokenised
 
-
-def encode_items(state: State, output: str, model: Source, texts: str, *arguments: Any, **options: Any) -> Manifest:
-    """Encode all items of a catalog into output `output`. Arguments as `encode_texts`, and:
-
-    Args:
-        texts: output that holds the catalog and `texts.arrow`.
-
-    Raises:
-        UserError: there are no items, or their vectors are not finite.
-    """
-    return encode_texts(state, output, model, texts, *catalog_rows(state, texts), *arguments, **options)
+Numbered = tuple[np.ndarray, str]
+"""Rows of texts, ascending, and the fingerprint of what numbers them."""
 
 
-def catalog_rows(state: State, output: str) -> tuple[np.ndarray, str]:
-    """The catalog rows of an output's items, ascending, and the fingerprint of what numbers them."""
+def catalog_rows(state: State, output: str) -> Numbered:
+    """The catalog rows of an output's items."""
     catalog = state.local(output) / "catalog"
     return np.flatnonzero(np.load(catalog / "present.npy")), Vocabulary.load(catalog / "ids").fingerprint()
 
 
-def encode_texts(
+def encode_items(
     state: State,
     output: str,
     model: Source,
     texts: str,
-    items: np.ndarray,
-    catalog: str,
     config: EncodeConfig,
     plan: Plan,
     inputs: str,
     previous: Sequence[Manifest] = (),
     progress: Callable[[int, int], None] | None = None,
+    numbered: Numbered | None = None,
 ) -> Manifest:
-    """Encode texts into output `output`, a text table by their rows (`ctrdist.text_table`).
+    """Encode all items into output `output`, a text table by catalog row (`ctrdist.text_table`).
 
     Its facts count `items`, and of these the ones whose vector was `copied` from an earlier table, or `encoded`.
 
     Args:
-        texts: output that holds `texts.arrow`.
-        items: [n], the rows of it to encode, ascending.
-        catalog: fingerprint of what numbers them.
+        texts: output that holds the catalog and `texts.arrow`.
         previous: outputs with earlier tables, the newest first; the first one by the same model is used.
         progress: called with (texts done, texts in all) while texts are encoded.
+        numbered: what to encode, where `texts` holds no catalog.
 
     Raises:
-        UserError: there is nothing to encode, or vectors are not finite.
+        UserError: there are no items, or their vectors are not finite.
     """
     began, item_texts = time.monotonic(), ItemTexts(state.local(texts) / "texts.arrow")
+    items, catalog = numbered or catalog_rows(state, texts)
     if not len(items):
         raise UserError(f"{state.path(texts)}: no items to encode")
     hashes, made_by, shards = item_texts.hashes(items), model.fingerprint(config), f"{output}.shards"

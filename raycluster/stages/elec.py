@@ -67,11 +67,11 @@ def encode_interactions(
     inputs = fingerprint(read.identity, model.fingerprint(config), granularity, to_dict(text), to_dict(config))
     if granularity == "item":
         texts = item_text_output(day, read, text)
-        rows, catalog = catalog_rows(day.state, read.output.name)
+        numbered = catalog_rows(day.state, read.output.name)
     else:
         texts = interaction_output(day, read, text)
-        rows, catalog = np.arange(texts.facts["rows"]), texts.identity
-    return encode_stage(day, "encode", texts.name, rows, catalog, model, config, inputs)
+        numbered = np.arange(texts.facts["rows"]), texts.identity
+    return encode_stage(day, "encode", texts.name, model, config, inputs, numbered)
 
 
 def texts_name(day: Day) -> str:

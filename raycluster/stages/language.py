@@ -33,7 +33,7 @@ from ctrdist.text_training import (
 )
 from ctrdist.vocabulary import Vocabulary
 from raycluster.day import Day, Progress, say
-from raycluster.encoder import catalog_rows, encode_texts
+from raycluster.encoder import Numbered, encode_items
 from raycluster.ingest import LogReader
 from raycluster.stages.read import Read
 from raycluster.tokens import stored_tokens
@@ -266,27 +266,23 @@ def encode(day: Day, stage: str, read: Read, lm: Manifest, config: EncodeConfig)
     What a table of one of the last runs has of the same text and the same model is taken from there.
     """
     inputs = fingerprint(read.output.identity, lm.identity, to_dict(config))
-    rows, catalog = catalog_rows(day.state, read.output.name)
-    return encode_stage(day, stage, read.output.name, rows, catalog, Source(lm.name, day.state.uri), config, inputs)
+    return encode_stage(day, stage, read.output.name, Source(lm.name, day.state.uri), config, inputs)
 
 
 def encode_stage(
     day: Day,
     stage: str,
     texts: str,
-    rows: np.ndarray,
-    catalog: str,
     model: Source,
     config: EncodeConfig,
     inputs: str,
+    numbered: Numbered | None = None,
 ) -> Manifest:
-    """`encode_texts` as a stage. What a table of one of the last runs has of the same text and model is taken over."""
+    """`encode_items` as a stage. What a table of one of the last runs has of the same text and model is taken over."""
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         report, previous = Progress(stage, "texts").items, _earlier_tables(day.state)
-        made = encode_texts(
-            day.state, name, model, texts, rows, catalog, config, day.plan, inputs, previous=previous, progress=report
-        )
+        made = encode_items(day.state, name, model, texts, config, day.plan, inputs, previous, report, numbered)
         say(f"{stage:10} {made.facts['encoded']:,} texts encoded, {made.facts['copied']:,} copied")
         return made
 
