@@ -199,7 +199,7 @@ def measure(log: Log, data: str, folder: Path, options: Options) -> dict[str, An
     warm = replace(options.ctr, epochs=options.ctr.warm_epochs)
     for name, fuse, text in (("id", None, None), ("mf2", options.fuse, table)):
         _, facts = train_click(log, warm, seed, text, fuse, rows=log.valid, start=models[name])
-        found[name]["later"] = facts["seconds"]
+        found[name]["later"] = facts["train_seconds"]
     for name, config in (("dap", options.pretrain), ("roma", options.align)):
         found[name]["epoch"] = found[name]["train_seconds"] / config.epochs
         found[name]["once"] = found[name]["seconds"] - found[name]["train_seconds"]

@@ -6,7 +6,7 @@ backbone have the same seed, and so the same initial weights and order of rows. 
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ from benchmarks.cells.click import score, train_click  # noqa: E402
 from benchmarks.cells.elec import train_m_llm, train_pair, with_representations  # noqa: E402
 from benchmarks.cells.language import text_table  # noqa: E402
 from benchmarks.cells.options import LogOptions, kept_in  # noqa: E402
+from ctrdist.interaction_text import TextConfig, item_texts  # noqa: E402
+from ctrdist.items import by_catalog_row, read_items  # noqa: E402
 from ctrdist.language.encode import EncodeConfig, Source  # noqa: E402
 from ctrdist.tasks.click import ClickConfig  # noqa: E402
 from ctrdist.tasks.distill import DistillConfig  # noqa: E402
@@ -41,6 +43,7 @@ class Options:
         ctr: the network.
         m_llm: the layers on the language model.
         distill: how the gain network teaches.
+        text: what the language model reads of an item.
         encode: texts to states.
     """
 
@@ -50,6 +53,7 @@ class Options:
     ctr: ClickConfig = field(default_factory=lambda: ClickConfig(backbone="dcnv2"))
     m_llm: MLLMConfig = field(default_factory=MLLMConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
 
 
@@ -58,14 +62,19 @@ def main(options: Options) -> None:
     torch.set_num_threads(1)
     with kept_in(None) as folder:
         log = options.log.open(folder)
-    states, _ = text_table(log, Source(options.lm, pooling="mean"), options.encode)
-    m_llm, took = train_m_llm(log, states, options.m_llm, 0)
-    rows = [{"model": "m_llm", "seed": 0} | score(log, m_llm, states) | took]
-    along = with_representations(log, m_llm, states)
+        items = read_items(options.log.prepared(folder), log.schema)
+    rows, along, width = [], log, 0
+    if not options.distill.without_text:
+        texts = by_catalog_row(item_texts(items, log.schema, options.text), items, log.catalog.ids)
+        source = Source(options.lm, pooling="mean")
+        states, _ = text_table(replace(log, texts=texts), source, options.encode)
+        m_llm, took = train_m_llm(log, states, options.m_llm, 0)
+        rows.append({"model": "m_llm", "seed": 0} | score(log, m_llm, states) | took)
+        along, width = with_representations(log, m_llm, states), m_llm.width
     for seed in options.seeds:
         backbone, took = train_click(log, options.ctr, seed)
         rows.append({"model": "backbone", "seed": seed} | score(log, backbone) | took)
-        pair, took = train_pair(along, options.ctr, options.distill, m_llm.width, seed)
+        pair, took = train_pair(along, options.ctr, options.distill, width, seed)
         for name, model in (("gain", pair.whole_gain()), ("vanilla", pair.vanilla)):
             rows.append({"model": name, "seed": seed} | score(along, model) | took)
         print(*(f"{row['model']} {row['auc']:.4f}" for row in rows[-3:]), file=sys.stderr, flush=True)

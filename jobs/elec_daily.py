@@ -64,7 +64,8 @@ class ElecOptions(DayOptions):
     def check(self) -> None:
         """Raise a UserError for what can be known to be wrong before anything is read."""
         backbones.check(self.ctr.backbone)
-        check_model(self.lm.name, head=False)
+        if not self.distill.without_text:
+            check_model(self.lm.name, head=False)
 
     def batch_sizes(self) -> dict[str, int]:
         """Rows of a global batch, by option."""
@@ -76,8 +77,11 @@ class ElecOptions(DayOptions):
         return Source(cluster.absolute(name) if Path(name).is_dir() else name, pooling=self.lm.pooling)
 
     def representation(self) -> str:
-        """Fingerprint of what a row's representation means, besides the weights of the new layers."""
-        parts = to_dict(self.text), self.text_granularity, self.m_llm.hidden, self.distill.without_text
+        """Fingerprint of what a row's representation means, besides the weights of the new layers, and how the pair is
+        built on it."""
+        if self.distill.without_text:
+            return fingerprint("without text", self.distill.share_embeddings)
+        parts = to_dict(self.text), self.text_granularity, self.m_llm.hidden, self.distill.share_embeddings
         return fingerprint(self.source().fingerprint(self.encode), *parts)
 
 
@@ -112,7 +116,7 @@ def elec(day: Day, options: ElecOptions) -> dict:
     if m_llm:
         models["m_llm"] = (None, None)
     models |= {"gain": (pair, None, GAIN), "vanilla": (pair, None)}
-    report = reporting.assemble(day, read, evaluate(day, read, models, represented), text)
+    report = reporting.assemble(day, read, evaluate(day, read, models, represented), text, days)
     facts = {"representation": meaning, "backbone": backbone.name} | ({"m_llm": m_llm.name} if m_llm else {})
     registry.release(day, read.output, {"elec": (pair, None)}, report, facts)
     return report

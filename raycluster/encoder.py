@@ -52,7 +52,7 @@ def encode_items(
 
     Args:
         texts: output that holds the catalog and `texts.arrow`.
-        previous: outputs with earlier tables, the newest first; the first one by the same model is used.
+        previous: outputs with earlier tables, the newest first; those by the same model are used.
         progress: called with (texts done, texts in all) while texts are encoded.
         numbered: what to encode, where `texts` holds no catalog.
 
@@ -65,7 +65,7 @@ def encode_items(
         raise UserError(f"{state.path(texts)}: no items to encode")
     hashes, made_by, shards = item_texts.hashes(items), model.fingerprint(config), f"{output}.shards"
     known, devices = TextVectors(hashes), set()
-    copied = _add_table(known, state, previous, made_by)
+    copied = _add_tables(known, state, previous, made_by)
     _add_shards(known, state, shards, made_by)
     missing = known.missing
     if len(missing):
@@ -92,16 +92,17 @@ def encode_items(
     return state.find(output, inputs)
 
 
-def _add_table(known: TextVectors, state: State, tables: Sequence[Manifest], made_by: str) -> int:
-    """Take in the first of the tables that is by the same model and not damaged; how many texts gain a vector."""
+def _add_tables(known: TextVectors, state: State, tables: Sequence[Manifest], made_by: str) -> int:
+    """Take in tables by the same model that are not damaged, until none is missing; how many texts gain a vector."""
+    gained = 0
     for table in tables:
-        if table.facts.get("model") == made_by:
+        if table.facts.get("model") == made_by and len(known.missing):
             try:
                 folder = state.local(table.name)
-                return known.add(load_text_hashes(folder), load_text_table(folder, model=made_by))
+                gained += known.add(load_text_hashes(folder), load_text_table(folder, model=made_by))
             except UserError as error:
                 print(f"warning: {error}. It is left aside", flush=True)
-    return 0
+    return gained
 
 
 def _add_shards(known: TextVectors, state: State, folder: str, made_by: str) -> None:

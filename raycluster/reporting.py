@@ -10,22 +10,26 @@ from typing import Any
 from ctrdist.report import write_plots
 from ctrdist.storage import Manifest
 from raycluster.day import Day
-from raycluster.stages.read import Read
+from raycluster.stages.read import Days, Read
 
 PACKAGES = ("ray", "torch", "transformers", "pyarrow", "numpy", "mlflow")
 
 
-def assemble(day: Day, read: Read, result: dict[str, Any], text: Manifest | None = None) -> dict[str, Any]:
+def assemble(
+    day: Day, read: Read, result: dict[str, Any], text: Manifest | None = None, days: Days | None = None
+) -> dict[str, Any]:
     """The report of a day that has been evaluated.
 
     Args:
         result: what `stages.evaluate` gave.
         text: output with the text table, if there is one.
+        days: that were trained on, if not those of `read`.
     """
+    days = read.train if days is None else days
     window = {
-        name: [str(days[0]), str(days[-1])]
+        name: [str(part[0]), str(part[-1])]
         for name in ("train", "valid", "test")
-        if (days := getattr(day.window, name))
+        if (part := getattr(day.window, name))
     }
     counts = {name: read.total(getattr(day.window, name)) for name in ("valid", "test")}
     stages = {name: _stage(day, name, manifest) for name, manifest in day.stages.items() if name != "read"}
@@ -33,12 +37,12 @@ def assemble(day: Day, read: Read, result: dict[str, Any], text: Manifest | None
         "date": str(day.date),
         "release": day.state.path(day.release),
         "rows": {
-            "train": read.total(read.train),
+            "train": read.total(days),
             "cold": result["rows"]["cold"],
             "quarantined": sum(read.faults.values()),
             **counts,
         },
-        "window": window | {"trained": [str(read.train[0]), str(read.train[-1])]},
+        "window": window | {"trained": [str(days[0]), str(days[-1])]},
         "quarantine": {"folder": read.quarantine, "reasons": read.faults, "strangers": read.strangers},
         "models": result["models"],
         "gain": result["gain"],

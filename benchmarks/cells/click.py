@@ -21,13 +21,19 @@ def train_task(
     `train_seconds` without validation, and the last `valid_auc`.
 
     Args:
-        config: its options; of these `batch_size`, `epochs`, `patience`, `schedule` and `warmup` are used.
+        config: its options; an epoch's rows are shuffled, whatever `order` it may have.
         text_table: float [catalog rows, width], for a task that takes texts.
         rows: what to train on; the log's training rows if None.
     """
     rows, size = log.train if rows is None else rows, config.batch_size
     loop = LoopConfig(
-        -(-rows.num_rows // size), config.epochs, config.patience, config.schedule, config.warmup, seed=seed
+        -(-rows.num_rows // size),
+        config.epochs,
+        config.patience,
+        config.schedule,
+        config.warmup,
+        precision=config.precision,
+        seed=seed,
     )
     began = time.perf_counter()
     progress = fit(

@@ -43,7 +43,8 @@ class ClickConfig:
         weight_decay: AdamW's, on the network's matrices.
         table_lr: learning rate of the embedding tables; 0 takes the network's own (`Backbone.table_lr`).
         table_decay: L2 coefficient on the rows a batch touches; for `adamw`, decay of every row at every step.
-        table_optimizer: `adam`, `adamw`, row-wise `adagrad` (one number a row), or `sgd` (none).
+        table_optimizer: `adam`, `adamw`, row-wise `adagrad` (one number a row), or `sgd` (none). The networks' own
+            rates are for the first two.
         table_store: `replicated`: every worker has the tables. `sharded`: each has some of their rows. `auto`:
             replicated if they fit into `table_memory_gib`, with their optimizer's state.
         table_memory_gib: memory of a worker for tables.
@@ -83,6 +84,9 @@ class ClickConfig:
         for name in ("dim", "epochs", "warm_epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"ctr.{name}: {getattr(self, name)} is under 1")
+        for name in ("lr", "table_lr", "weight_decay", "table_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"ctr.{name}: {getattr(self, name)} is under 0")
         if not 0 <= self.unknown_share < 1:
             raise UserError(f"ctr.unknown_share: {self.unknown_share} is not a share from 0 to under 1")
 
@@ -94,8 +98,8 @@ class FuseConfig:
     Args:
         hidden: hidden units of the MLP that brings a text vector to the width of a field (eq. 13).
         dropout: after each of them.
-        scale: the field's root mean square before training, LayerNorm's initial gain. An embedding starts at 0.01 and
-            its decay keeps it near that: a text field at 1 drowns the ids, which are then learnt late and badly.
+        scale: the field's root mean square before training, LayerNorm's initial gain. An embedding starts at 0.01:
+            a text field at 1 drowns the ids, which are then learnt late and badly.
         source: where a text vector comes from: `text`, by the language model, or `id`, the ID model's embeddings of the
             item in its place (the paper's "w/o text"), with which no stage of the language model has anything to do.
         on: what has its text: the target item and its behaviours, or only one of them; zeros stand for the other's.

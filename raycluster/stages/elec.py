@@ -25,7 +25,7 @@ from ctrdist.language.encode import EncodeConfig, Source
 from ctrdist.log import RowGroup, find_faults, read_row_group
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.click import ClickConfig, table_sizes
-from ctrdist.tasks.distill import Distillation, DistillConfig
+from ctrdist.tasks.distill import GAIN_SEED, Distillation, DistillConfig
 from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel
 from ctrdist.text_table import TextTableFacts
 from raycluster.cluster import in_parallel
@@ -99,7 +99,8 @@ def interaction_output(day: Day, read: Read, config: TextConfig) -> Manifest:
         _, _, catalog = reader.open()
         items = pq.read_table(day.state.local(read.output.name) / ITEMS)
         made = Interactions.of(items, day.schema, catalog, config)
-        calls = [(reader, group, config) for group in read.row_groups]
+        groups = {(group.path, group.index): group for group in read.row_groups}  # a split's are of the same rows
+        calls = [(reader, group, config) for group in groups.values()]
         texts = merged(in_parallel(_distinct_texts, calls, cpus=0.5))
         rows = sum(group.good for group in read.row_groups)
         say(f"encode     {len(texts[0]):,} distinct texts of {rows:,} interactions")
@@ -188,7 +189,7 @@ def represent(day: Day, read: Read, text: Manifest, m_llm: Manifest, granularity
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         day.state.remove(name)  # of other inputs; the files that it names may be replaced from now on
         beside, progress, written = f"{name}.rows", Progress("represent", "files").items, {}
-        calls = [(reader, text.name, m_llm.name, beside, inputs, *file, day.plan.threads) for file in files]
+        calls = [(reader, text.name, m_llm.name, beside, inputs, *file) for file in files]
         for output, about in in_parallel(_represent_file, calls):
             written[output] = about
             progress(len(written), len(files))
@@ -202,10 +203,10 @@ def represent(day: Day, read: Read, text: Manifest, m_llm: Manifest, granularity
 
 
 def _represent_file(
-    reader: LogReader, text: str, m_llm: str, beside: str, inputs: str, day: dt.date, path: str, threads: int
+    reader: LogReader, text: str, m_llm: str, beside: str, inputs: str, day: dt.date, path: str
 ) -> tuple[str, dict]:
     """Mirror one file of the log; the name of its output, and what it says of its source."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     model = ModifiedLanguageModel.load(State(reader.state).local(m_llm))
     made = BesideLog(State(reader.state), beside).write(
         reader.data, day, path, inputs, partial(represent_rows, reader, text, model)
@@ -281,7 +282,8 @@ def _pair(
     reader: LogReader, ctr: ClickConfig, config: DistillConfig, width: int, start: Manifest | None, seed: int
 ) -> Distillation:
     if start:
-        vanilla, gain = (grown_model(reader, ctr, start, seed=seed, folder=folder) for folder in ("", GAIN))
+        vanilla = grown_model(reader, ctr, start, seed=seed)
+        gain = grown_model(reader, ctr, start, seed=seed + GAIN_SEED, folder=GAIN)
         return Distillation(vanilla, gain, config)
     schema, encoders, _ = reader.open()
     return Distillation.build(schema, table_sizes(encoders, schema), ctr, config, width, seed)
