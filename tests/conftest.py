@@ -13,7 +13,6 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from xdist.scheduler import LoadScopeScheduling
 
 torch.set_num_threads(1)
 
@@ -27,7 +26,6 @@ WORDS = "red blue old new long short funny sad film book story of the a and with
 _WORKER = """
 import json, runpy, sys
 import torch
-from xdist.scheduler import LoadScopeScheduling
 import torch.distributed as dist
 file, name, arguments, store, rank, size, out = sys.argv[1:]
 torch.set_num_threads(1)
@@ -44,21 +42,8 @@ SLOW = ("jobs", "raycluster")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The folders that take longest come first."""
+    """The folders that take longest come first; with `-n 2 --dist loadfile` each process has one Ray for its files."""
     items.sort(key=lambda item: [f"tests/{folder}/" in item.nodeid for folder in SLOW], reverse=True)
-
-
-class Together(LoadScopeScheduling):
-    """In parallel (`-n 2`), the tests of each slow folder stay in one process, with one Ray, as do those of a file."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        path = nodeid.split("::")[0]
-        return next((folder for folder in SLOW if path.startswith(f"tests/{folder}/")), path)
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
-    """What decides which process runs which tests."""
-    return Together(config, log)
 
 
 @pytest.fixture(scope="session")
