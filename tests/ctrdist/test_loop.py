@@ -190,7 +190,7 @@ def test_a_run_goes_on_with_another_number_of_workers(workers, tmp_path: Path, s
 
 
 def test_validation_auc_is_over_all_rows():
-    task = click_model("dcnv2")
+    task = click_model("dcnv2", lr=0.1)  # scores far enough apart for the bins of a running AUC
     progress = fit(task, partial(train_batches, 0, 1), replace(LOOP, epochs=1), valid=partial(valid_batches, 0, 1))
     everything = list(valid_batches(0, 1))
     scores = torch.cat([task.predict(batch) for batch in everything]).detach()
