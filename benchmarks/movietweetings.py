@@ -30,10 +30,10 @@ from ctrdist.storage import State
 from ctrdist.texts import join_texts
 
 ROOT = Path(__file__).parents[1]
-
-
 STRENGTH = 3.0
-"""The regression's C: the best of .1, .3, 1, 3 and 10 on windows that end before the test does, 2013-07-31 and 08-31."""
+"""The regression's C: the best of .1, .3, 1, 3 and 10 on two windows of training days that end before, 2013-07-31 and
+08-31."""
+
 
 @dataclass(frozen=True)
 class Options:
