@@ -24,5 +24,5 @@ rm -rf "$demo/state"
 # An epoch of this small log is 44 steps: the defaults, made for longer logs, would stop before the text is learnt, and
 # with a text field that starts at a tenth of its scale some orders of the rows would still not have learnt it.
 ray job submit --working-dir . -- python jobs/cela_daily.py --data "$demo/data" --state "$demo/state" \
-  --train-days 12 --test-days 2 --ctr.epochs 8 --ctr.lr 3e-3 --fuse.scale 1
+  --train-days 12 --test-days 2 --ctr.epochs 8 --ctr.lr 3e-3 --ctr.table-lr 1e-3 --ctr.table-decay 1e-2 --fuse.scale 1
 echo "open $demo/state/releases/2024-01-14/report.html"
