@@ -93,7 +93,7 @@ class BesideLog:
         """Columns of the rows beside a row group.
 
         Raises:
-            UserError: nothing is there for its file, or it is of another one.
+            UserError: nothing is there for its file, or its row group had another number of rows.
         """
         name = self.output(group.path)
         manifest = self.state.find(name)

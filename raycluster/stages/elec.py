@@ -92,7 +92,7 @@ def item_text_output(day: Day, read: Read, config: TextConfig) -> Manifest:
 
 
 def interaction_output(day: Day, read: Read, config: TextConfig) -> Manifest:
-    """The distinct texts of all rows that the day trains on, validates on or tests on, as an output."""
+    """The distinct texts of all rows that were read for the day, as an output."""
     name, inputs = texts_name(day), fingerprint("interaction", read.identity, to_dict(config))
     if day.state.find(name, inputs) is None:
         reader = _reader(day, read)
