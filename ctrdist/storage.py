@@ -140,6 +140,7 @@ class State:
         before = self.find(name)
         try:
             yield local
+            group.share(None)  # until then others may still have temporary files there
             own = {
                 str(path.relative_to(local)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
                 for path in sorted(local.rglob("*"))

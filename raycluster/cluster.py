@@ -42,6 +42,10 @@ def connect(object_store_bytes: int | None = None) -> None:
     if address.startswith("http"):  # for `ray job submit`; no cluster to connect to
         address = ""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
+    # Ray Train looks every two seconds whether its workers have ended, several times at the end of each stage.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    if not address:  # nobody takes this machine away, and the watcher is one more process to start
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(
         address=address or "local",
         include_dashboard=None if address else False,
@@ -132,9 +136,7 @@ def user_error(error: BaseException) -> UserError | None:
     """The UserError that an error of Ray Train, Ray Data, a task or an actor stands for, if there is one within."""
     if type(error) is UserError:
         return error
-    failures = getattr(error, "worker_failures", {})
-    inner = [getattr(error, "cause", None), error.__cause__, *failures.values()]
-    inner += [getattr(e, "_base_exc", None) for e in failures.values()]
+    inner = [getattr(error, "cause", None), error.__cause__, *getattr(error, "worker_failures", {}).values()]
     return next((found for e in inner if isinstance(e, BaseException) and (found := user_error(e))), None)
 
 

@@ -143,9 +143,9 @@ class InOrder(DataConfig):
 
 
 def died(error: ray.train.TrainingFailedError) -> bool:
-    """Whether a process died, or lost one that did: only that is worth another try."""
-    raised = [getattr(failure, "_base_exc", None) for failure in getattr(error, "worker_failures", {}).values()]
-    return any(own is None or isinstance(own, RuntimeError | OSError) for own in raised)
+    """Whether a process died (an error of Ray's own), or lost one that did: only that is worth another try."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return any(type(e).__module__.startswith("ray.") or isinstance(e, RuntimeError | OSError) for e in failures)
 
 
 def _work(config: dict[str, Any]) -> None:

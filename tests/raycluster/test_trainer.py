@@ -88,11 +88,11 @@ def state(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("trainer")
 
 
-def test_one_worker_two_workers_and_a_death_end_alike(ray_cluster, state):
+def test_one_worker_two_workers_and_a_death_end_alike(ray_cluster, state, capsys):
     plan = make_plan(2)
     alone = train(training(state, "one", Regression), replace(plan, workers=1))
     both = train(training(state, "two", partial(Regression, str(state / "died"))), plan)
-    assert (state / "died").exists()
+    assert (state / "died").exists() and "a training worker died; going on" in capsys.readouterr().out
     torch.testing.assert_close(weights(state, alone), weights(state, both), rtol=0, atol=1e-12)
     assert both.facts["workers"] == 2 and both.facts["losses"][-1][0] == 10
     assert not list(state.glob("two.checkpoint*"))
@@ -103,12 +103,13 @@ def test_what_a_worker_finds_wrong_reaches_the_user(ray_cluster, state):
         train(training(state, "wrong", partial(Regression, None, True)), replace(make_plan(2), workers=1))
 
 
-def test_a_death_after_the_last_checkpoint_is_no_obstacle(ray_cluster, state):
+def test_a_death_after_the_last_checkpoint_is_no_obstacle(ray_cluster, state, capsys):
     run = training(state, "late", Regression)
     alone = replace(make_plan(2), workers=1)
     with pytest.raises(TrainingFailedError, match="the disk is full"):
         train(replace(run, save=full_disk), alone)
     assert run.cursor() == 10
+    assert "going on" not in capsys.readouterr().out  # no worker died: another try would end alike
     manifest = train(run, alone)
     assert manifest.facts["rows"] == 160 and len(weights(state, manifest)) == 2
 
