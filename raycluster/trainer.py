@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import DataConfig, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
 from ctrdist.checkpoint import Progress
@@ -21,6 +21,7 @@ from ctrdist.sharded import is_collective
 from ctrdist.storage import Manifest, State
 from ctrdist.tasks import Task
 from raycluster.cluster import Plan, user_error
+from raycluster.in_order import InOrder
 from raycluster.ingest import blocks, split
 
 MAX_FAILURES = 3
@@ -121,25 +122,6 @@ def _trainer(training: Training, plan: Plan) -> TorchTrainer:
         scaling_config=ScalingConfig(num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(name=name, storage_path=State(training.state).path("ray")),
     )
-
-
-class InOrder(DataConfig):
-    """Deals blocks to the training workers in turn, all of them: worker r of W gets blocks r, r + W, r + 2 W, ...
-
-    A block holds one worker's shares of k global batches (`deal`), of which `split` makes batches. Ray's default would
-    even the shares out by dropping rows.
-    """
-
-    def configure(self, datasets, world_size, worker_handles, worker_node_ids, **_kwargs):
-        """Ray Train's hook: one dictionary of iterators a worker."""
-        shares: list[dict] = [{} for _ in range(world_size)]
-        for name, dataset in datasets.items():
-            dataset = dataset.copy(dataset)
-            dataset.context.execution_options.preserve_order = True
-            parts = dataset.streaming_split(world_size, equal=False, locality_hints=None)
-            for share, part in zip(shares, parts, strict=True):
-                share[name] = part
-        return shares
 
 
 def died(error: ray.train.TrainingFailedError) -> bool:

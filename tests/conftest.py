@@ -1,10 +1,12 @@
 """Fixtures for all tests."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import runpy
 import tempfile
+import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,18 +25,26 @@ hypothesis.settings.load_profile("project")
 ROOT = Path(__file__).parents[1]
 WORDS = "red blue old new long short funny sad film book story of the a and with war love dog cat house sea".split()
 
-_WORKER = """
-import json, runpy, sys
-import torch
-import torch.distributed as dist
-file, name, arguments, store, rank, size, out = sys.argv[1:]
-torch.set_num_threads(1)
-function = runpy.run_path(file)[name]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size))
-from ctrdist.group import DistributedGroup
-torch.save(function(DistributedGroup(), *json.loads(arguments)), out)
-dist.destroy_process_group()
-"""
+_STARTED = multiprocessing.get_context("forkserver")
+_STARTED.set_forkserver_preload(["pytest", "torch", "ctrdist.tasks.click", "ctrdist.tasks.align", "ctrdist.loop"])
+"""Forks worker processes off one that has imported what takes long to import."""
+
+
+def _worker(file: str, name: str, arguments: str, store: str, rank: int, size: int, out: Path) -> None:
+    """A process of the `workers` fixture: writes to `out` what the function returns, or why it failed."""
+    import torch.distributed as dist
+
+    from ctrdist.group import DistributedGroup
+
+    torch.set_num_threads(1)
+    try:
+        function = runpy.run_path(file)[name]
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        torch.save(function(DistributedGroup(), *json.loads(arguments)), out)
+        dist.destroy_process_group()
+    except BaseException:
+        out.with_suffix(".error").write_text(traceback.format_exc())
+        os._exit(1)
 
 
 SLOW = ("jobs", "raycluster")
@@ -153,21 +163,20 @@ def workers(tmp_path: Path) -> Callable[..., list[Any]]:
     def call(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
         file, outs = function.__code__.co_filename, [folder / f"worker{rank}.pt" for rank in range(size)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        start = [sys.executable, "-c", _WORKER, file, function.__name__, json.dumps(arguments), str(folder / "store")]
-        started = [
-            subprocess.Popen(
-                [*start, str(rank), str(size), str(out)], env=environment, stderr=subprocess.PIPE, text=True
-            )
-            for rank, out in enumerate(outs)
-        ]
+        task = (file, function.__name__, json.dumps(arguments), str(folder / "store"))
+        started = [_STARTED.Process(target=_worker, args=(*task, rank, size, out)) for rank, out in enumerate(outs)]
+        for worker in started:
+            worker.start()
+        end = time.monotonic() + 120
         try:
-            errors = [worker.communicate(timeout=120)[1] for worker in started]
+            for worker in started:
+                worker.join(end - time.monotonic())
         finally:
             for worker in started:
                 worker.kill()
-        for worker, error in zip(started, errors, strict=True):
-            assert worker.returncode == 0, error
+        for worker, out in zip(started, outs, strict=True):
+            error = out.with_suffix(".error")
+            assert worker.exitcode == 0, error.read_text() if error.exists() else f"exit code {worker.exitcode}"
         return [torch.load(out, weights_only=True) for out in outs]
 
     return call

@@ -13,7 +13,6 @@ import pytest
 from ctrdist.backbones import BackboneConfigs, dcnv2
 from ctrdist.datasets.synthetic import SyntheticConfig, prepare
 from ctrdist.errors import UserError
-from ctrdist.export import Release, load_click_model
 from ctrdist.fields import load_encoders
 from ctrdist.language.encode import EncodeConfig
 from ctrdist.log import log_columns
@@ -233,24 +232,3 @@ def test_too_many_bad_rows_stop_the_job(ray_cluster, options, tmp_path):
         JOB.run(strict)
     folder = str(error.value).split("They lie in ")[1].split(" with")[0]
     assert pq.read_table(folder).num_rows == 4
-
-
-def test_a_day_without_text_takes_the_embeddings_in_its_place(ray_cluster, options, tmp_path):
-    alone = replace(options, state=str(tmp_path / "state"), workers=1, ctr=replace(options.ctr, epochs=1),
-                    fuse=replace(options.fuse, source="id"))  # fmt: skip
-    with pytest.raises(UserError, match="--fuse.source id reads no text"):
-        JOB.run(alone)
-    JOB.run(replace(alone, pretrain=replace(options.pretrain, epochs=0), align=replace(options.align, epochs=0)))
-    folder = State(alone.state).local(f"releases/{FIRST}")
-    release, table = Release(folder), np.load(folder / "text_table.npy")
-    own = load_click_model(folder / "id", release.schema)
-    for position, name in enumerate(own.item_names):
-        column = release.catalog.fields[name]
-        if isinstance(column, np.ndarray):
-            weight = own.tables[name].weight.numpy()[column]
-            found = table[:, position * 8 : (position + 1) * 8]
-            scale = np.sqrt((weight[1:] ** 2).mean())
-            present = np.flatnonzero(release.catalog.present)
-            np.testing.assert_allclose(found[present], (weight / scale)[present], rtol=1e-4, atol=1e-6)
-    report = json.loads((folder / "report.json").read_text())
-    assert {"id", "cela"} <= set(report["models"]) and "roma" not in report["stages"]

@@ -17,8 +17,8 @@ from ctrdist.schema import Schema
 from ctrdist.storage import State
 from ctrdist.vocabulary import Vocabulary
 from raycluster import ingest
+from raycluster.in_order import InOrder
 from raycluster.ingest import LogReader
-from raycluster.trainer import InOrder
 
 
 @pytest.fixture(scope="module")
