@@ -78,19 +78,24 @@ class EmbeddingTable(nn.Module):
         self.grow(rows)
 
     def _pack(self, places: int) -> None:
-        """Lay the rows out anew, with room for `places`; what has been there stays."""
+        """Lay the rows side by side in a new buffer with room for `places`; what they hold stays."""
         held = self.row_buffers()
         self.packed = pack(held, places)
         for name, columns in unpack(self.packed, held).items():
             setattr(self, name, columns)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EmbeddingTable":
-        """How a module is moved and converted: buffer by buffer, so that they are no longer views of one."""
+        """Move or convert the table as `nn.Module` does, buffer by buffer, and lay its rows out again."""
         before = self.weight
         super()._apply(fn, recurse)
         if self.weight is not before:
             self._pack(len(self.weight))
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What unpickles or copies a table; pickled views share no memory."""
+        super().__setstate__(state)
+        self._pack(len(self.weight))
 
     def grow(self, rows: int) -> None:
         """Add rows at the end until there are `rows`; those that are there stay as they are."""

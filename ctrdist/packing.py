@@ -1,7 +1,7 @@
 """Rows in one buffer: all that belongs to a row lies side by side.
 
-A step reads and writes weights and optimizer state of rows at random. Each row and buffer is then a miss of the caches
-and of the processor's table of addresses (TLB); side by side it is one a row.
+A step reads and writes the weights and the optimizer's state of rows at random. In buffers of their own each of these
+would miss the processor's caches, and its table of page addresses (TLB), once a row; side by side they miss once.
 """
 
 import numpy as np
@@ -14,8 +14,8 @@ WORD = 8
 
 def pack(values: dict[str, Tensor], rows: int) -> Tensor:
     """`values`, by name [n, ...] for each of the first rows, and zeros up to `rows`: int64 [rows, words]."""
-    size = max(columns.stop * values[name].itemsize for name, columns in layout(values).items())
-    packed = zeros(rows, -(-size // WORD), next(iter(values.values())).device)
+    _, words = layout(values)
+    packed = zeros(rows, words, next(iter(values.values())).device)
     for name, view in unpack(packed, values).items():
         view[: len(values[name])] = values[name]
     return packed
@@ -23,20 +23,21 @@ def pack(values: dict[str, Tensor], rows: int) -> Tensor:
 
 def unpack(packed: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """What packed rows, int64 [n, words], hold, by name as in `like`, of dtypes and shapes [n, ...] as there: views."""
+    columns, _ = layout(like)
     return {
-        name: packed.view(like[name].dtype)[:, columns].view(len(packed), *like[name].shape[1:])
-        for name, columns in layout(like).items()
+        name: packed.view(value.dtype)[:, columns[name]].view(len(packed), *value.shape[1:])
+        for name, value in like.items()
     }
 
 
-def layout(values: dict[str, Tensor]) -> dict[str, slice]:
-    """Where in a row each of `values` [n, ...] stands, by name, counted in numbers of its dtype."""
+def layout(values: dict[str, Tensor]) -> tuple[dict[str, slice], int]:
+    """Where in a row each of `values` [n, ...] stands, by name, in numbers of its dtype; and the words of a row."""
     columns, end = {}, 0
     for name, value in values.items():
         start = -(-end // value.itemsize)
         columns[name] = slice(start, start + value.shape[1:].numel())
         end = columns[name].stop * value.itemsize
-    return columns
+    return columns, -(-end // WORD)
 
 
 def zeros(rows: int, words: int, device: torch.device) -> Tensor:

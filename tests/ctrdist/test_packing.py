@@ -1,4 +1,5 @@
 import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,10 @@ def test_a_table_stays_in_one_buffer(rule: str, storage: torch.dtype):
     ):
         change()
         assert one_buffer(table), change
-    assert table.weight.dtype == torch.float64 and one_buffer(copy.deepcopy(table))
+    assert table.weight.dtype == torch.float64
+    for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        assert one_buffer(other) and other.weight.data_ptr() != table.weight.data_ptr()
+        assert torch.equal(other.weight, table.weight)
 
 
 def test_conversion_keeps_the_values():
