@@ -91,8 +91,8 @@ def spread_steps(rank: int, options: Options, folder: str) -> None:
                     table(Lookup.of(asked)).square().mean().backward()
                     table.push(group)
                     seconds.append(time.perf_counter() - began)
-                memory = sum(buffer.nbytes for buffer in table.buffers())
-                found.append([store, rows, ids, table.traffic / (options.steps + 2), memory, np.median(seconds[2:])])
+                traffic, memory = table.traffic / (options.steps + 2), table.packed.nbytes
+                found.append([store, rows, ids, traffic, memory, np.median(seconds[2:])])
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -1,13 +1,13 @@
 """Embedding tables whose cost follows the batch, never the vocabulary.
 
 A step fetches the distinct rows that its batch touches as a small dense leaf, computes on them, and pushes back their
-gradients; the row-wise optimizer updates those rows only. Between workers, rows and their gradients are exchanged,
-never the table. Here every worker has a replica and applies the same update to it; in `ctrdist.sharded` each holds some
-of the rows.
+gradients; the row-wise optimizer updates those rows only. What a row has, weights and state, lies side by side
+(`ctrdist.packing`). Between workers, rows and their gradients are exchanged, never the table. Here every worker has a
+replica and applies the same update to it; in `ctrdist.sharded` each holds some of the rows.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ctrdist.batch import Lookup
 from ctrdist.group import Group, current_group
 from ctrdist.initial import initial_rows
 from ctrdist.optim import RowOptimizer
+from ctrdist.packing import pack, unpack
 from ctrdist.rounding import round_randomly
 from ctrdist.vocabulary import PADDING
 
@@ -28,6 +29,7 @@ CHUNK = 65_536
 class EmbeddingTable(nn.Module):
     """One table, replicated on every worker. Its weights are a buffer: DDP and dense optimizers never see them.
 
+    `weight` and what the optimizer has for a row, by their names, are views of the columns of one buffer, `packed`.
     `rows_touched` is the number of rows that the last step updated here, and `traffic` the bytes that this worker has
     sent for the table so far (its share of what went for several tables together).
 
@@ -72,7 +74,28 @@ class EmbeddingTable(nn.Module):
             self.state_names += ("decay", "decayed")
         self._pending: list[tuple[Any, Tensor]] = []
         self.rows = self.rows_touched = self.traffic = 0
+        self._pack(0)
         self.grow(rows)
+
+    def _pack(self, places: int) -> None:
+        """Lay the rows side by side in a new buffer with room for `places`; what they hold stays."""
+        held = self.row_buffers()
+        self.packed = pack(held, places)
+        for name, columns in unpack(self.packed, held).items():
+            setattr(self, name, columns)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EmbeddingTable":
+        """Move or convert the table as `nn.Module` does, buffer by buffer, and lay its rows out again."""
+        before = self.weight
+        super()._apply(fn, recurse)
+        if self.weight is not before:
+            self._pack(len(self.weight))
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What unpickles or copies a table; pickled views share no memory."""
+        super().__setstate__(state)
+        self._pack(len(self.weight))
 
     def grow(self, rows: int) -> None:
         """Add rows at the end until there are `rows`; those that are there stay as they are."""
@@ -81,10 +104,7 @@ class EmbeddingTable(nn.Module):
             return
         self.settle()
         places = self._held(rows)
-        for name, value in self.row_buffers().items():
-            grown = value.new_zeros(places, *value.shape[1:])
-            grown[: len(value)] = value
-            setattr(self, name, grown)
+        self._pack(places)
         self.rows = rows
         for start in range(0, places, CHUNK):
             chunk = torch.arange(start, min(start + CHUNK, places))
@@ -144,27 +164,32 @@ class EmbeddingTable(nn.Module):
 
     def read(self, places: Tensor) -> Tensor:
         """Values of the rows at `places` [n, dim], with the decay that they have missed."""
-        values = self._wide(self.weight.index_select(0, places))
-        return values * self._missed(places) if self.optimizer.decoupled else values
+        names = ("weight", "decayed") if self.optimizer.decoupled else ("weight",)
+        return self._values({name: getattr(self, name).index_select(0, places) for name in names})
+
+    def _values(self, rows: dict[str, Tensor]) -> Tensor:
+        """`read` of rows as they are stored, by name."""
+        values = self._wide(rows["weight"])
+        if not self.optimizer.decoupled:
+            return values
+        # As rounded in `decayed`: then the factors of a row's reads multiply to that of its whole time.
+        missed = self.decay.to(rows["decayed"].dtype) - rows["decayed"]
+        return values * missed.exp_().unsqueeze(1)
 
     @staticmethod
     def _wide(values: Tensor) -> Tensor:
         """Stored values as the optimizer and the network take them."""
         return values.float() if values.dtype == torch.bfloat16 else values
 
-    def _write(self, places: Tensor, values: Tensor) -> None:
-        """Store `values` [n, dim] of the rows at `places`."""
+    def _stored(self, places: Tensor, values: Tensor) -> Tensor:
+        """`values` [n, dim] of the rows at `places` as they are stored."""
         if self.weight.dtype == torch.bfloat16:
-            values = round_randomly(values, self.numbers(places), self.seed, self.roundings)
-        self.weight.index_copy_(0, places, values)
+            return round_randomly(values, self.numbers(places), self.seed, self.roundings)
+        return values
 
     def _count_rounding(self) -> None:
         if "roundings" in self.state_names:
             self.roundings += 1
-
-    def _missed(self, places: Tensor) -> Tensor:
-        # As rounded in `decayed`: then the factors of a row's reads multiply to that of its whole time.
-        return (self.decay.to(self.decayed.dtype) - self.decayed[places]).exp_().unsqueeze(1)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -174,10 +199,8 @@ class EmbeddingTable(nn.Module):
         """
         if self.optimizer.decoupled and self.decay:
             self._count_rounding()
-            for start in range(0, len(self.weight), CHUNK):
-                end = min(start + CHUNK, len(self.weight))
-                places = torch.arange(start, end, device=self.weight.device)
-                self._write(places, self.read(places))
+            for places in torch.arange(len(self.weight), device=self.weight.device).split(CHUNK):
+                self.weight.index_copy_(0, places, self._stored(places, self.read(places)))
             self.decayed.zero_()
             self.decay.zero_()
 
@@ -216,13 +239,13 @@ class EmbeddingTable(nn.Module):
         if self.optimizer.decoupled:
             self.decay += math.log(self.optimizer.shrink(lr_scale))
         self._count_rounding()
-        values = self.read(places)
-        state = {name: getattr(self, name).index_select(0, places) for name in self.optimizer.state_names}
-        self._write(places, self.optimizer.step(values, gradients, state, lr_scale))
+        packed = self.packed.index_select(0, places)
+        rows = unpack(packed, self.row_buffers())
+        values = self.optimizer.step(self._values(rows), gradients, rows, lr_scale)
+        rows["weight"].copy_(self._stored(places, values))
         if self.optimizer.decoupled:
-            state["decayed"] = self.decay.to(self.decayed.dtype).expand(len(places))
-        for name, value in state.items():
-            getattr(self, name).index_copy_(0, places, value)
+            rows["decayed"].copy_(self.decay)
+        self.packed.index_copy_(0, places, packed)
 
 
 @torch.no_grad()

@@ -132,9 +132,7 @@ def is_collective(module: nn.Module) -> bool:
 
 def row_bytes(dim: int, optimizer: RowOptimizer, storage: torch.dtype = torch.float32) -> int:
     """Bytes of a row of a table, the optimizer's state included."""
-    rows = torch.zeros(1, dim)
-    state = sum(value.nbytes for value in optimizer.init_state(rows).values())
-    return dim * storage.itemsize + state + (rows.itemsize if optimizer.decoupled else 0)
+    return EmbeddingTable(1, dim, optimizer, storage=storage).packed.nbytes
 
 
 def choose_store(

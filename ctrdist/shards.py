@@ -7,7 +7,7 @@ owns now, from the files that have them. A table that is saved whole stands in `
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from math import prod
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ctrdist.embedding import CHUNK, EmbeddingTable
@@ -23,8 +22,18 @@ from ctrdist.group import Group
 from ctrdist.sharded import BUCKETS, ShardedTable, bucket_of, bucket_range
 
 State = dict[str, Tensor]
+Value = tuple[torch.dtype, Sequence[int], Iterable[Tensor]]
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def named_tables(module: nn.Module) -> dict[str, EmbeddingTable]:
@@ -41,18 +50,19 @@ def save_state(path: Path, state: State, module: nn.Module, group: Group) -> Non
         state: what `module.state_dict()` has, now or at an earlier time, on this worker.
     """
     spread = {p: table for p, table in named_tables(module).items() if isinstance(table, ShardedTable)}
-    rest = {name: value.contiguous() for name, value in state.items() if not name.startswith(tuple(spread))}
     if spread:
         own = {}
         for prefix, table in spread.items():
             for name in ("weight", *table.state_names):
                 value = state[prefix + name]
-                own[prefix + name] = value.view(-1, table.width, *value.shape[1:]) if value.ndim else value
+                matrix = (len(value) // table.width, table.width) if value.ndim else ()
+                own[prefix + name] = in_blocks(value, [*matrix, *value.shape[1:]])
         rows = json.dumps({prefix: table.rows for prefix, table in spread.items()})
         file = f"{path.stem}-tables-{group.rank:05d}-of-{group.size:05d}{path.suffix}"
-        save_file(own, path.parent / file, {"buckets": str(BUCKETS), "rows": rows})
+        save_blocks(path.parent / file, own, {"buckets": str(BUCKETS), "rows": rows})
     if group.rank == 0:
-        save_file(rest, path)
+        rest = {name: value for name, value in state.items() if not name.startswith(tuple(spread))}
+        save_blocks(path, {name: in_blocks(value, value.shape) for name, value in rest.items()})
 
 
 def read_state(path: Path, module: nn.Module) -> State:
@@ -124,31 +134,50 @@ def save_whole(path: Path, module: nn.Module, group: Group, skip: Collection[str
     Args:
         skip: names of the state to leave out.
     """
-    values: dict[str, tuple[EmbeddingTable | None, str, Tensor]] = {}
-    tables = named_tables(module)
+    values, tables = {}, named_tables(module)
     for name, value in module.state_dict().items():
         prefix = next((p for p in tables if name.startswith(p)), None)
-        if name not in skip:
-            values[name] = (tables.get(prefix), name.removeprefix(prefix or ""), value)
-    # The format wants no gaps, and PyTorch values that begin at a multiple of their size.
-    values = dict(sorted(values.items(), key=lambda item: (-item[1][2].itemsize, item[0])))
-    header, end = {}, 0
-    for name, (table, _, value) in values.items():
-        shape = [table.rows, *value.shape[1:]] if table is not None and value.ndim else list(value.shape)
-        begin, end = end, end + prod(shape) * value.itemsize
-        header[name] = {"dtype": DTYPES[value.dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") if group.rank == 0 else nullcontext() as file:
-        if file:
-            file.write(len(text).to_bytes(8, "little") + text)
-        for table, part, value in values.values():
-            for block in [value] if table is None or not value.ndim else _blocks(table, part, group):
-                if file:
-                    file.write(block.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if name in skip:
+            continue
+        if prefix is None or not value.ndim:
+            values[name] = in_blocks(value, value.shape)
+        else:
+            table, part = tables[prefix], name.removeprefix(prefix)
+            values[name] = value.dtype, [table.rows, *value.shape[1:]], _rows(table, part, group)
+    save_blocks(path if group.rank == 0 else None, values)
 
 
-def _blocks(table: EmbeddingTable, part: str, group: Group) -> Iterator[Tensor]:
+def _rows(table: EmbeddingTable, part: str, group: Group) -> Iterator[Tensor]:
     """A value of all rows of a table, in blocks, on the first worker; none of them on the others."""
     for numbers in torch.arange(table.rows, device=table.weight.device).split(CHUNK):
         yield table.gather(part, numbers if group.rank == 0 else numbers[:0])
+
+
+def in_blocks(value: Tensor, shape: Sequence[int]) -> Value:
+    """A tensor, as `shape`, in blocks of rows: rows of tables lie apart (`ctrdist.packing`)."""
+    return value.dtype, shape, value.split(CHUNK) if value.ndim else [value]
+
+
+def save_blocks(path: Path | None, values: dict[str, Value], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in blocks: none of its values need be in memory as it is in the file.
+
+    Args:
+        path: None goes through the blocks, which other workers may take part in making, and writes nothing.
+        values: dtype, shape and data of each; the blocks follow one another.
+        metadata: of the file.
+    """
+    # The format wants no gaps, and PyTorch values that begin at a multiple of their size.
+    values = dict(sorted(values.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name, (dtype, shape, _) in values.items():
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": [*shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") if path else nullcontext() as file:
+        if file:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for _, _, blocks in values.values():
+            for block in blocks:
+                if file:
+                    file.write(block.cpu().contiguous().flatten().view(torch.uint8).numpy().data)

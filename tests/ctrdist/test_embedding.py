@@ -243,7 +243,7 @@ def test_a_step_makes_nothing_of_the_tables_size(rule: str):
     with Allocations() as seen:
         table(lookup(5, 77_000, 5)).sum().backward()
         table.push(Group())
-    assert seen.count > 10 and seen.largest <= 12
+    assert seen.count > 10 and seen.largest <= 3 * table.packed[0].nbytes // 4, "three rows at most"
     assert places == {name: buffer.data_ptr() for name, buffer in table.named_buffers()}
     with Allocations() as seen:
         table.weight * 2
