@@ -131,7 +131,7 @@ class ElecStudy(Study):
         options, config = self.options, self.options.encode
         items = read_items(self.data, self.log.schema)
         texts = by_catalog_row(item_texts(items, self.log.schema, options.text), items, self.log.catalog.ids)
-        log = replace(self.log, texts=texts)
+        log = replace(self.log, texts=texts).with_texts_of(options.log.share)
         name, known = self.language_model(lm)
         encode = partial(language.encode, log, Source(name, pooling="mean"), config)
         states = self.stage("states", known, to_dict(config), log.text_fingerprint, make=encode)
@@ -222,7 +222,7 @@ def main(options: Options) -> None:
             rows = list(ElecStudy(log, State(folder / "elec"), pool, options, data).rows())
     found = lines(rows)
     sizes = f"{log.train.num_rows:,} training, {log.test.num_rows:,} test rows, {len(options.seeds)} seeds"
-    show(found, f"{sizes}; {options.ctr.backbone}")
+    show(found, f"{sizes}; {options.ctr.backbone}{options.log.said}")
     print(json.dumps({"benchmark": "elec", "rows": rows, "ratios": ratios(found)}))
 
 

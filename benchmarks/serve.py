@@ -53,6 +53,7 @@ from ctrdist.export import load_click_model, save_click_model  # noqa: E402
 from ctrdist.interaction_text import TextConfig, interaction_texts, item_sides  # noqa: E402
 from ctrdist.items import Catalog, by_catalog_row, read_items  # noqa: E402
 from ctrdist.language.encode import EncodeConfig, Encoder, Source  # noqa: E402
+from ctrdist.language.source import DEFAULT  # noqa: E402
 from ctrdist.schema import Schema  # noqa: E402
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig  # noqa: E402
 from ctrdist.tasks.distill import Distillation, DistillConfig  # noqa: E402
@@ -92,7 +93,7 @@ class Options:
     lm_candidates: int = 32
     threads: int = 0
     seed: int = 0
-    lm: str = "sentence-transformers/all-MiniLM-L6-v2"
+    lm: str = DEFAULT
     ctr: ClickConfig = field(default_factory=lambda: ClickConfig(backbone="dcnv2"))
     fuse: FuseConfig = field(default_factory=FuseConfig)
     m_llm: MLLMConfig = field(default_factory=MLLMConfig)
