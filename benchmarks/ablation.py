@@ -11,40 +11,34 @@ depends on something that has changed; what the code does is not among these.
 """
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import ttest_rel
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.cells import language  # noqa: E402
-from benchmarks.cells.click import score, train_click  # noqa: E402
-from benchmarks.cells.kept import find, once  # noqa: E402
+from benchmarks.cells.click import TARGETS, ClickCell  # noqa: E402
 from benchmarks.cells.log import Log  # noqa: E402
 from benchmarks.cells.options import LogOptions, kept_in  # noqa: E402
+from benchmarks.cells.study import Study, paired_p, processes, spread  # noqa: E402
 from ctrdist import backbones  # noqa: E402
 from ctrdist.config import to_dict  # noqa: E402
-from ctrdist.language import source as language_models  # noqa: E402
-from ctrdist.language.encode import EncodeConfig  # noqa: E402
+from ctrdist.language.encode import EncodeConfig, Source  # noqa: E402
 from ctrdist.storage import Manifest, State  # noqa: E402
 from ctrdist.tasks.align import AlignConfig  # noqa: E402
 from ctrdist.tasks.click import ClickConfig, FuseConfig  # noqa: E402
 from ctrdist.tasks.pretrain import PretrainConfig  # noqa: E402
-from ctrdist.text_training import LanguageModelConfig, alignment_targets  # noqa: E402
+from ctrdist.text_training import LanguageModelConfig  # noqa: E402
 
 ID, CELA = "id", "cela"
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -63,7 +57,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "on-behaviours": {"fuse": {"on": "behaviours"}},
 }
 """What each variant changes of the options' groups; the ID model has no text and uses `ctr` alone."""
-TARGETS = "targets.npy"
 
 
 @dataclass(frozen=True)
@@ -116,84 +109,32 @@ class Options:
             yield self.ctr.backbone, variant, self.lm_seeds if variant == CELA else self.lm_seeds[:1]
 
 
-# --- cells: each a CTR model, in a process of the pool ---
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A CTR model.
-
-    Args:
-        config: the model.
-        seed: of its weights and batches.
-        table: output with its text table; "" for an ID model, which leaves its item embeddings.
-        fuse: the text field of a model with text.
-    """
-
-    config: ClickConfig
-    seed: int
-    table: str = ""
-    fuse: FuseConfig | None = None
-
-    def inputs(self, log: Log) -> list[Any]:
-        """All that its scores depend on."""
-        return [log.fingerprint, to_dict(self.config), self.seed, self.table, self.fuse and to_dict(self.fuse)]
-
-    def train(self, log: Log, state: State, out: Path) -> dict[str, Any]:
-        """Train and score it; what it scores on the test rows, and what it took."""
-        table = np.load(state.local(self.table) / language.TABLE, mmap_mode="r") if self.table else None
-        model, facts = train_click(log, self.config, self.seed, table, self.fuse)
-        if table is None:
-            np.save(out / TARGETS, alignment_targets(model, log.schema, log.catalog).numpy())
-        return score(log, model, table) | facts
-
-
-LOG: Log
-"""The log of this process."""
-
-
-def start(log: Log) -> None:
-    """Begin a process: its log, and one thread."""
-    global LOG
-    LOG = log
-    torch.set_num_threads(1)
-
-
-def run(cell: Cell, state: State) -> Manifest:
-    """Compute a cell, if it is not there."""
-    return once(state, "cells", *cell.inputs(LOG), make=partial(cell.train, LOG, state))
-
-
 # --- the study: what the cells need, in the order in which they need it ---
 
 
 @dataclass
-class Study:
-    """A log, what is known of it, and who computes the rest.
+class Ablation(Study):
+    """The study of the tables' rows.
 
     Args:
         options: all of them.
-        log: the log.
-        state: where outputs are kept.
-        pool: processes that compute cells.
     """
 
     options: Options
-    log: Log
-    state: State
-    pool: ProcessPoolExecutor
 
     def rows(self, backbone: str, variant: str, lm_seeds: tuple[int, ...]) -> list[dict[str, Any]]:
         """A variant's scores, one row for each run of the language model and seed of the CTR model."""
         options = self.options.of(variant)
         config = replace(options.ctr, backbone=backbone)
-        ids = self.cells([Cell(config, seed) for seed in dict.fromkeys((*options.seeds, *lm_seeds))], variant)
+        cells = [ClickCell(config, seed, name=variant) for seed in dict.fromkeys((*options.seeds, *lm_seeds))]
+        ids = by_seed(self.cells(cells))
         if variant == ID:
             return [self.row(backbone, ID, None, ids[seed], seed, 0.0) for seed in options.seeds]
         rows = []
         for lm_seed in lm_seeds:
             table, seconds = self.text_table(options, ids[lm_seed], lm_seed)
-            done = self.cells([Cell(config, seed, table, options.fuse) for seed in options.seeds], variant)
+            cells = [ClickCell(config, seed, table, options.fuse, variant) for seed in options.seeds]
+            done = by_seed(self.cells(cells))
             rows += [self.row(backbone, variant, lm_seed, done[seed], seed, seconds) for seed in options.seeds]
         return rows
 
@@ -205,27 +146,12 @@ class Study:
         names = ("auc", "log_loss", "auc_cold", "valid_auc", "seconds")
         return about | {name: cell.facts[name] for name in names} | {"lm_seconds": lm_seconds}
 
-    def cells(self, cells: list[Cell], variant: str) -> dict[int, Manifest]:
-        """Cells by their seeds: those that are there, and the others as the pool has done them."""
-        found = {cell: find(self.state, "cells", *cell.inputs(self.log)) for cell in cells}
-        running = {self.pool.submit(run, cell, self.state): cell for cell, done in found.items() if done is None}
-        for done in as_completed(running):
-            cell = running[done]
-            found[cell] = done.result()
-            facts = found[cell].facts
-            say(f"{cell.config.backbone} {variant}, seed {cell.seed}: AUC {facts['auc']:.4f}, cold "
-                f"{facts['auc_cold']:.4f}, {facts['seconds']:.0f} s")  # fmt: skip
-        return {cell.seed: done for cell, done in found.items()}
-
     def text_table(self, options: Options, id_model: Manifest, seed: int) -> tuple[str, float]:
         """Name of a variant's text table, and seconds of the stages that made it, here or where they are shared."""
         if options.fuse.source == "id":
             return self.stage("tables", id_model.name, make=partial(self.table_of_embeddings, id_model.name)).name, 0.0
         log, local, lm = self.log, self.state.local, options.lm
-        made_of = [to_dict(lm), language_models.identity(lm.name)]
-        if options.pretrain.epochs:
-            made_of += [to_dict(options.pretrain), seed, log.text_fingerprint]
-        dap = self.stage("dap", *made_of, make=partial(language.pretrain, log, lm, options.pretrain, seed))
+        dap = self.pretrained(lm, options.pretrain, seed)
         stages, name = [dap], dap.name
         if options.align.epochs:
             made_of = [to_dict(lm), name, id_model.name, to_dict(options.align), seed, log.fingerprint]
@@ -234,17 +160,9 @@ class Study:
             stages.append(self.stage("roma", *made_of, make=align))
             name = stages[-1].name
         made_of = [name, to_dict(options.encode), log.text_fingerprint]
-        encode = partial(language.encode, log, local(name), options.encode)
+        encode = partial(language.encode, log, Source(str(local(name))), options.encode)
         stages.append(self.stage("tables", *made_of, make=encode))
         return stages[-1].name, sum(stage.facts["seconds"] for stage in stages)
-
-    def stage(self, kind: str, *inputs: Any, make: Callable[[Path], dict[str, Any]]) -> Manifest:
-        """An output of the language model's, made by all cores if it is not there."""
-        known = find(self.state, kind, *inputs)
-        made = known or once(self.state, kind, *inputs, make=make)
-        if known is None:
-            say(f"{kind}: {made.facts.get('seconds', 0):.0f} s")
-        return made
 
     def table_of_embeddings(self, id_model: str, out: Path) -> dict[str, Any]:
         """An ID model's item embeddings in place of a text table."""
@@ -253,9 +171,9 @@ class Study:
         return {}
 
 
-def say(line: str) -> None:
-    """A line for who waits."""
-    print(line, file=sys.stderr, flush=True)
+def by_seed(done: dict[ClickCell, Manifest]) -> dict[int, Manifest]:
+    """Cells of several seeds, by these."""
+    return {cell.seed: made for cell, made in done.items()}
 
 
 # --- the tables ---
@@ -283,8 +201,7 @@ def lines(rows: list[dict[str, Any]], seeds: tuple[int, ...]) -> list[dict[str, 
             for name in scores:
                 alone = np.array([found[backbone, ID, None][seed][name] for seed in seeds])
                 line[f"gain_{name}"] = line[name] - alone
-                tested = len(seeds) > 1 and np.ptp(line[f"gain_{name}"]) > 0
-                line[f"p_{name}"] = float(ttest_rel(line[name], alone).pvalue) if tested else float("nan")
+                line[f"p_{name}"] = paired_p(line[name], alone)
             out.append(line)
     return out
 
@@ -306,11 +223,6 @@ def show(found: list[dict[str, Any]], options: Options, log: Log) -> None:
         shown += ["" if bare else f"{line['lm_seconds'].mean():.0f}", f"{line['seconds'].mean():.0f}"]
         table.add_row(what, "" if bare else str(line["lm_seed"]), *shown)
     Console(width=140).print(table)
-
-
-def spread(values: np.ndarray) -> float:
-    """Standard deviation of a sample, 0 of a single value."""
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
 
 
 def ratios(found: list[dict[str, Any]], table: int) -> dict[str, float]:
@@ -338,11 +250,10 @@ def main(options: Options) -> None:
         raise SystemExit(f"--variants: unknown {', '.join(sorted(unknown))}; known: {', '.join(VARIANTS)}")
     for backbone, _, _ in options.plan():
         backbones.check(backbone)
-    processes = options.processes or len(os.sched_getaffinity(0))
     with kept_in(options.keep) as folder:
         log = options.log.open(folder)
-        with ProcessPoolExecutor(processes, get_context("spawn"), start, (log,)) as pool:
-            study = Study(options, log, State(folder / "ablation"), pool)
+        with processes(log, options.processes) as pool:
+            study = Ablation(log, State(folder / "ablation"), pool, options)
             rows = [row for of in options.plan() for row in study.rows(*of)]
     found = lines(rows, options.seeds)
     show(found, options, log)

@@ -6,16 +6,12 @@ which were chosen on earlier days; nothing is chosen here.
 """
 
 import json
-import os
 import sys
-import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from multiprocessing import get_context
+from concurrent.futures import as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -23,8 +19,10 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.cells import study  # noqa: E402
 from benchmarks.cells.click import score, train_click  # noqa: E402
-from benchmarks.cells.log import SOURCE, Log, last_fifth, open_log, prepare_movietweetings  # noqa: E402
+from benchmarks.cells.log import Log  # noqa: E402
+from benchmarks.cells.options import LogOptions, kept_in  # noqa: E402
 from ctrdist.backbones import NAMES  # noqa: E402
 from ctrdist.tasks.click import ClickConfig  # noqa: E402
 
@@ -34,52 +32,35 @@ class Options:
     """What is measured.
 
     Args:
-        source: folder with the dataset's `ratings.dat` and `movies.dat`.
+        log: rows and days.
         names: backbones to train.
         seeds: one run each.
         epochs: passes over the training days.
-        days: use only the last so many days; 0 uses all.
         processes: runs at a time, a thread each; 0 is one a core.
     """
 
-    source: Path = SOURCE
+    log: LogOptions = field(default_factory=lambda: LogOptions(window="last-fifth"))
     names: tuple[str, ...] = NAMES
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 4
-    days: int = 0
     processes: int = 0
-
-
-LOG: Log
-"""The log of this process."""
-
-
-def start(log: Log) -> None:
-    """Begin a process: its log, and one thread."""
-    global LOG
-    LOG = log
-    torch.set_num_threads(1)
 
 
 def run(name: str, seed: int, options: Options) -> dict:
     """Train one backbone; what it scores on the test rows."""
-    model, facts = train_click(LOG, ClickConfig(backbone=name, epochs=options.epochs), seed)
-    return {"network": name, "seed": seed} | score(LOG, model) | facts
+    model, facts = train_click(study.LOG, ClickConfig(backbone=name, epochs=options.epochs), seed)
+    return {"network": name, "seed": seed} | score(study.LOG, model) | facts
 
 
 def main(options: Options) -> None:
     """Measure, print a table, and the JSON line."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data"
-        prepare_movietweetings(options.source, data)
-        log = open_log(str(data), last_fifth(str(data), options.days), Path(folder) / "bad")
-    processes = options.processes or len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(processes, get_context("spawn"), start, (log,)) as pool:
+    with kept_in(None) as folder:
+        log = options.log.open(folder)
+    with study.processes(log, options.processes) as pool:
         runs = [pool.submit(run, name, seed, options) for seed in options.seeds for name in options.names]
         for done in as_completed(runs):
             row = done.result()
-            line = f"{row['network']:10} seed {row['seed']}: AUC {row['auc']:.4f}, {row['seconds']:.0f} s"
-            print(line, file=sys.stderr, flush=True)
+            study.say(f"{row['network']:10} seed {row['seed']}: AUC {row['auc']:.4f}, {row['seconds']:.0f} s")
     rows = [done.result() for done in runs]
     show(rows, log, options)
     best = {name: float(np.mean([r["auc"] for r in rows if r["network"] == name])) for name in options.names}

@@ -19,8 +19,8 @@ batch is scored in 1.13 times DIN's milliseconds.
 
 import json
 import sys
-import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -42,10 +42,10 @@ from benchmarks.cells.interaction import (  # noqa: E402
     interaction_batches,
     interaction_texts,
 )
+from benchmarks.cells.latency import answer_in_turns, draw_requests, scorer, summary, time_requests  # noqa: E402
 from benchmarks.cells.log import Log  # noqa: E402
 from benchmarks.cells.options import LogOptions, kept_in  # noqa: E402
-from ctrdist.batch import collate  # noqa: E402
-from ctrdist.encode import ITEM  # noqa: E402
+from benchmarks.cells.study import say  # noqa: E402
 from ctrdist.language.encode import EncodeConfig, Source  # noqa: E402
 from ctrdist.language.model import LanguageModel  # noqa: E402
 from ctrdist.loop import fit  # noqa: E402
@@ -147,25 +147,14 @@ def in_turns(log: Log, options: Options, table: np.ndarray) -> tuple[dict[str, l
     return found, models
 
 
-@torch.inference_mode()
 def latencies(
     log: Log, models: dict[str, tuple[ClickModel, np.ndarray | None]], options: Options
 ) -> dict[str, np.ndarray]:
     """Milliseconds of each request by model; the first tenth of the requests, at least one, only warms up."""
-    draw, items = np.random.default_rng(options.seed), log.catalog.items
-    count, warm = min(options.candidates, len(items)), max(1, options.requests // 10)
-    found: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(options.requests + warm):
-        row = int(draw.integers(log.test.num_rows))
-        request = log.test.take(pa.array(np.full(count, row)))
-        candidates = pa.array(draw.choice(items, count, replace=False).astype(np.int32))
-        request = request.set_column(request.column_names.index(ITEM), ITEM, candidates)
-        for name in sorted(models, reverse=bool(number % 2)):
-            model, table = models[name]
-            began = time.perf_counter()
-            model.predict(collate(request, log.schema, log.catalog, table))
-            found[name].append((time.perf_counter() - began) * 1e3)
-    return {name: np.array(values[warm:]) for name, values in found.items()}
+    warm, schema, catalog = max(1, options.requests // 10), log.schema, log.catalog
+    clocks = {name: partial(time_requests, scorer(schema, catalog, *model)) for name, model in models.items()}
+    rounds = draw_requests(log, options.candidates, options.seed, options.requests + warm)
+    return {name: ms[warm:].ravel() for name, ms in answer_in_turns(clocks, ([r] for r in rounds)).items()}
 
 
 def measure(log: Log, data: str, folder: Path, options: Options) -> dict[str, Any]:
@@ -182,7 +171,7 @@ def measure(log: Log, data: str, folder: Path, options: Options) -> dict[str, An
     found["roma"] = language.align(log, lm, dap, targets, options.align, seed, roma)
     ctrl = mean([before, interactions.seconds(1)])
     say(f"ROMA {found['roma']['seconds']:.0f} s, CTRL {ctrl * 1e3:.1f} ms an interaction")
-    found["encode"] = language.encode(log, roma, options.encode, folder)
+    found["encode"] = language.encode(log, Source(str(roma)), options.encode, folder)
     say(f"encode {found['encode']['seconds']:.0f} s")
     table = np.load(folder / language.TABLE)
     rows = log.train.num_rows
@@ -283,18 +272,16 @@ def show(found: dict[str, Any], log: Log, options: Options) -> None:
     console.print(table)
     console.print(f"* extrapolated from {ctrl['measured_rows']:,} interactions; the second stage as the ID model")
     for name, values in found["latency"].items():
-        p50, p99 = np.percentile(values, (50, 99))
-        console.print(f"{name:6} {len(values)} requests of {options.candidates:,}: {p50:.1f} ms p50, {p99:.1f} ms p99")
+        told = summary(values)
+        console.print(
+            f"{name:6} {len(values)} requests of {options.candidates:,}: {told['p50_ms']:.1f} ms p50, "
+            f"{told['p99_ms']:.1f} ms p99"
+        )
     for name, key in (("ID", "id"), ("MF²", "mf2")):
         epochs = found[key]["epochs"]
         console.print(f"{name:6} {len(epochs)} epochs in turns: {min(epochs):.1f} to {max(epochs):.1f} s")
     mean_tokens = found["roma"]["tokens"] / found["roma"]["items"]
     console.print(f"tokens {mean_tokens:.0f} of an item in ROMA, {ctrl['mean_tokens']:.0f} of an interaction")
-
-
-def say(line: str) -> None:
-    """A line for who waits."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main(options: Options) -> None:
@@ -307,9 +294,8 @@ def main(options: Options) -> None:
         log = options.log.open(folder, raw=True)
         found = measure(log, options.log.prepared(folder), scratch, options)
     show(found, log, options)
-    latency = {name: [float(p) for p in np.percentile(v, (50, 99))] for name, v in found["latency"].items()}
     rows = [{"stage": name, **facts} for name, facts in found.items() if name != "latency"]
-    rows += [{"stage": f"latency {name}", "p50_ms": p50, "p99_ms": p99} for name, (p50, p99) in latency.items()]
+    rows += [{"stage": f"latency {name}", **summary(ms)} for name, ms in found["latency"].items()]
     print(json.dumps({"benchmark": "cost", "rows": rows, "ratios": ratios(found, options)}))
 
 

@@ -6,7 +6,8 @@ row groups and rows in the same order, so that the two are read pairwise. Its co
     vector         fixed-size list of float16, the representation of the row; zeros for a bad row
     probability    float32, the click probability that goes with it; 0 for a bad row
 
-Its Parquet metadata and its manifest name the source: path, rows, and the SHA-256 of the file.
+Its Parquet metadata and its manifest name the source: path, rows, and the file's SHA-256, size and time of change. A
+source of another size or time is hashed before it is read along: with other bytes it is refused.
 """
 
 import contextlib
@@ -14,7 +15,9 @@ import datetime as dt
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,16 +44,18 @@ class BesideLog:
     Args:
         state: the state that has them.
         name: what their names in it begin with.
+        data: the log.
     """
 
     state: State
     name: str
+    data: str
 
     def output(self, path: str) -> str:
         """The name of the output that mirrors a file of the log, by its path."""
         return f"{self.name}/{path.rsplit('/interactions/', 1)[-1]}"
 
-    def write(self, data: str, day: dt.date, path: str, inputs: str, represent: Represent) -> Manifest:
+    def write(self, day: dt.date, path: str, inputs: str, represent: Represent) -> Manifest:
         """Mirror a file of the log; a mirror that is there of the same `inputs` and the same source stays.
 
         Args:
@@ -58,17 +63,16 @@ class BesideLog:
             inputs: fingerprint of what the vectors depend on besides the file.
             represent: see `Represent`.
         """
-        filesystem_, _ = filesystem(data)
-        with filesystem_.open_input_stream(path) as stream:
-            checksum = hashlib.file_digest(stream, "sha256").hexdigest()
         name = self.output(path)
         found = self.state.find(name, inputs)
-        if found is not None and found.facts["source_sha256"] == checksum:
+        if found is not None and self._mirrors(found, path):
             return found
-        with filesystem_.open_input_file(path) as stream:
+        seen = _size_and_time(self.data, path)
+        checksum = _sha256(self.data, path, *seen)
+        with filesystem(self.data)[0].open_input_file(path) as stream:
             about = pq.read_metadata(stream)
         rows = [about.row_group(index).num_rows for index in range(about.num_row_groups)]
-        facts = {"source": path, "rows": sum(rows), "source_sha256": checksum}
+        facts: dict[str, Any] = {"source": path, "rows": sum(rows), "source_sha256": checksum, "source_seen": seen}
         with self.state.create(name, inputs, facts) as folder, contextlib.ExitStack() as stack:
             writer = None
             for index, count in enumerate(rows):
@@ -93,12 +97,17 @@ class BesideLog:
         """Columns of the rows beside a row group.
 
         Raises:
-            UserError: nothing is there for its file, or its row group had another number of rows.
+            UserError: nothing is there for its file, or the file had other bytes or row groups.
         """
         name = self.output(group.path)
         manifest = self.state.find(name)
         if manifest is None:
             raise UserError(f"{self.state.path(name)}: nothing there beside {group.path}; run the job again")
+        if not self._mirrors(manifest, group.path):
+            raise UserError(
+                f"{group.path}: the file was changed since {self.state.path(name)} was written beside it; run the job "
+                "again"
+            )
         filesystem_, root = filesystem(self.state.uri)
         with filesystem_.open_input_file(f"{root}/{manifest.folder}/{Path(group.path).name}") as stream:
             file = pq.ParquetFile(stream)
@@ -109,6 +118,24 @@ class BesideLog:
                     "written beside it: the file was changed since; run the job again"
                 )
             return file.read_row_group(group.index, columns=columns)
+
+    def _mirrors(self, manifest: Manifest, path: str) -> bool:
+        """Whether a file of the log is the one that a mirror was made of: not touched since, or of the same bytes."""
+        seen, facts = _size_and_time(self.data, path), manifest.facts
+        return seen == facts.get("source_seen") or _sha256(self.data, path, *seen) == facts["source_sha256"]
+
+
+def _size_and_time(data: str, path: str) -> list[int]:
+    """Size and time of change of a file of the log: a look at the folder, and not at the file."""
+    info = filesystem(data)[0].get_file_info(path)
+    return [info.size, info.mtime_ns or 0]
+
+
+@lru_cache(maxsize=4096)
+def _sha256(data: str, path: str, _size: int, _time: int) -> str:
+    """The SHA-256 of a file of the log, once a process for each size and time that it is seen with."""
+    with filesystem(data)[0].open_input_stream(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _beside(vectors: np.ndarray, probabilities: np.ndarray, rows: int) -> pa.Table:

@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
+from torch import Tensor, nn
 
-from ctrdist.batch import collate
+from ctrdist.backbones import Inputs
+from ctrdist.batch import Batch, collate
 from ctrdist.config import from_dict, to_dict
 from ctrdist.encode import encode
 from ctrdist.errors import UserError
@@ -47,7 +49,12 @@ def save_click_model(model: ClickModel, folder: Path, optimizer_state: bool = Tr
 
 
 def load_click_model(
-    folder: Path, schema: Schema, config: ClickConfig | None = None, fuse: FuseConfig | None = None, seed: int = 0
+    folder: Path,
+    schema: Schema,
+    config: ClickConfig | None = None,
+    fuse: FuseConfig | None = None,
+    seed: int = 0,
+    networks: int = 1,
 ) -> ClickModel:
     """A click model as `save_click_model` wrote it, to score with or to train on.
 
@@ -56,6 +63,7 @@ def load_click_model(
             with another optimizer, they begin without the state of the old one.
         fuse: must agree, if given.
         seed: decides the rows that it grows by.
+        networks: how many like this one a worker has (`ClickModel`).
 
     Raises:
         UserError: `config` or `fuse` describes another model.
@@ -73,8 +81,8 @@ def load_click_model(
             )
     fuse = fuse or saved_fuse
     store = None if config else "replicated"
-    dims = {"text_dim": description["text_dim"], "vector_dim": description.get("vector_dim", 0)}
-    model = ClickModel(schema, description["sizes"], config or saved, fuse=fuse, seed=seed, store=store, **dims)
+    about = {"text_dim": description["text_dim"], "vector_dim": description.get("vector_dim", 0), "networks": networks}
+    model = ClickModel(schema, description["sizes"], config or saved, fuse=fuse, seed=seed, store=store, **about)
     missing, unexpected = model.load_state_dict(read_state(folder / WEIGHTS, model), strict=False)
     if wrong := [*unexpected, *sorted(set(missing) - _optimizer_state(model))]:
         raise UserError(f"{folder}: a model of another version ({wrong[0]}); use --from-scratch, or another --state")
@@ -87,6 +95,54 @@ def _optimizer_state(model: ClickModel) -> set[str]:
         for name, table in model.tables.items()
         for state in table.state_names
     }
+
+
+class DensePart(nn.Module):
+    """What a click model computes after its look-ups: backbone, head and, of a gain network, the layer that joins.
+
+    What comes before, tables, their projections and a text field, can be stored by id.
+
+    Args:
+        model: whose layers it takes; both have the same ones.
+    """
+
+    def __init__(self, model: ClickModel) -> None:
+        super().__init__()
+        self.backbone, self.target = model.backbone, model.target
+        self.join = model.join if model.vector_dim else None
+
+    def forward(
+        self,
+        fields: Tensor,
+        history: Tensor,
+        mask: Tensor,
+        first_order: Tensor | None = None,
+        vector: Tensor | None = None,
+    ) -> Tensor:
+        """Click probabilities, float32 [B], of `ClickModel.inputs` (see `Inputs`) and, for a gain network, of
+        `Batch.vector`."""
+        inputs = Inputs(fields, history, mask, self.target, first_order)
+        representation, direct, _ = self.backbone.represent(inputs)
+        if self.join is not None:
+            representation = self.join(representation, vector)
+        return torch.sigmoid((self.backbone.head(representation) + direct).float())
+
+
+@torch.no_grad()
+def export_dense(model: ClickModel, batch: Batch) -> torch.export.ExportedProgram:
+    """The dense part of a click model (`DensePart`) as a graph of PyTorch's operators, for any number of rows.
+
+    Args:
+        model: in evaluation mode.
+        batch: two rows or more like those that will be asked for; only their shapes count.
+    """
+    assert not model.training
+    inputs = model.inputs(batch)
+    named = {"fields": inputs.fields, "history": inputs.history, "mask": inputs.mask}
+    named |= {"first_order": inputs.first_order, "vector": batch.vector if model.vector_dim else None}
+    given = {name: value for name, value in named.items() if value is not None}
+    rows = torch.export.Dim("rows")
+    return torch.export.export(DensePart(model).eval(), (), given, dynamic_shapes={name: {0: rows} for name in given})
 
 
 class Release:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from ctrdist.config import from_dict, to_dict
 from ctrdist.encode import TEXT_ROW
+from ctrdist.errors import UserError
 from ctrdist.interaction_text import TextConfig, interaction_texts, item_sides
 from ctrdist.items import Catalog, ItemTexts, by_catalog_row, text_hashes
 from ctrdist.log import RowGroup, find_faults
@@ -76,12 +77,23 @@ class Interactions:
         texts = self.texts(rows.filter(pa.array(find_faults(rows, group.day, self.catalog) == 0)))
         return merged([(text_hashes(texts.to_pylist()), texts)])
 
-    def numbers(self, _group: RowGroup, rows: pa.Table) -> dict[str, pa.Array]:
-        """The number of each row's text, int64 [n], as the column `beside.text`; 0 where the text is not there, as it
-        may be of a bad row."""
+    def numbers(self, group: RowGroup, rows: pa.Table) -> dict[str, pa.Array]:
+        """The number of each row's text, int64 [n], as the column `beside.text`; 0 where a bad row's is not there.
+
+        Where nothing is said of a row, its text is the empty one, which has a number and a state like any other.
+
+        Raises:
+            UserError: the text of a good row is not there.
+        """
         hashes = text_hashes(self.texts(rows).to_pylist())
         at = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
-        return {TEXT_ROW: pa.array(np.where(self.hashes[at] == hashes, at, 0).astype(np.int64))}
+        there = self.hashes[at] == hashes
+        if not there.all() and (find_faults(rows, group.day, self.catalog, group.split)[~there] == 0).any():
+            raise UserError(
+                f"{group.path}: row group {group.index} says what it did not say when texts were gathered: it was "
+                "changed since; run the job again"
+            )
+        return {TEXT_ROW: pa.array(np.where(there, at, 0).astype(np.int64))}
 
 
 def merged(parts: Iterable[Texts]) -> Texts:

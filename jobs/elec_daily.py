@@ -106,9 +106,9 @@ def elec(day: Day, options: ElecOptions) -> dict:
     text = m_llm = represented = None
     if not options.distill.without_text:
         granularity = options.text_granularity
-        text = encode_interactions(day, read, options.source(), granularity, options.encode, options.text)
+        text = encode_interactions(day, read, options.source(), granularity, options.encode, options.text, days)
         m_llm = train_m_llm(day, read, text, granularity, options.m_llm, before("m_llm"), days)
-        represented = represent(day, read, text, m_llm, granularity)
+        represented = represent(day, read, text, m_llm, granularity, days)
     backbone = train_click(day, "backbone", read, options.ctr, start=day.earlier("backbone"))
     pair = distill(day, read, represented, options.ctr, options.distill, before("elec"), days)
 

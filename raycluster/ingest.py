@@ -54,7 +54,7 @@ class LogReader:
     def along(self, keep: tuple[str, ...] = ()) -> Beside | None:
         """What makes the columns that stand beside the log's, if there are any."""
         if self.beside:
-            return BesideLog(State(self.state), self.beside).columns(keep)
+            return BesideLog(State(self.state), self.beside, self.data).columns(keep)
         return _interactions(self.state, self.output, self.texts).numbers if self.texts else None
 
 

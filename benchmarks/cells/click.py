@@ -1,17 +1,25 @@
 """A task on a log in memory: trained, and scored on its test rows."""
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from benchmarks.cells import language
 from benchmarks.cells.log import COLD, Log
+from ctrdist.config import to_dict
 from ctrdist.loop import LoopConfig, fit
 from ctrdist.metrics import auc, log_loss
+from ctrdist.storage import State
 from ctrdist.tasks import Task
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig
+from ctrdist.text_training import alignment_targets
+
+TARGETS = "targets.npy"
 
 
 def train_task(
@@ -84,3 +92,39 @@ def score(log: Log, model: Task, text_table: np.ndarray | None = None) -> dict[s
         "log_loss": log_loss(label, scores),
         "auc_cold": auc(label[cold], scores[cold]),
     }
+
+
+@dataclass(frozen=True)
+class ClickCell:
+    """A CTR model of a study (`benchmarks.cells.study`).
+
+    Args:
+        config: the model.
+        seed: of its weights and batches.
+        table: output with its text table; "" for an ID model, which leaves its item embeddings (`TARGETS`).
+        fuse: the text field of a model with text.
+        name: what to call it.
+    """
+
+    config: ClickConfig
+    seed: int
+    table: str = ""
+    fuse: FuseConfig | None = None
+    name: str = ""
+
+    @property
+    def said(self) -> str:
+        """Network, name and seed."""
+        return f"{self.config.backbone} {self.name}, seed {self.seed}"
+
+    def inputs(self, log: Log) -> list[Any]:
+        """All that its scores depend on."""
+        return [log.fingerprint, to_dict(self.config), self.seed, self.table, self.fuse and to_dict(self.fuse)]
+
+    def train(self, log: Log, state: State, out: Path) -> dict[str, Any]:
+        """Train and score it; what it scores on the test rows, and what it took."""
+        table = np.load(state.local(self.table) / language.TABLE, mmap_mode="r") if self.table else None
+        model, facts = train_click(log, self.config, self.seed, table, self.fuse)
+        if table is None:
+            np.save(out / TARGETS, alignment_targets(model, log.schema, log.catalog).numpy())
+        return score(log, model, table) | facts

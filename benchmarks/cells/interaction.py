@@ -12,16 +12,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cells.log import Log
+from benchmarks.cells.log import Log, raw_fields
 from ctrdist.batch import Batch
 from ctrdist.encode import ITEM
-from ctrdist.items import Ragged, read_items
+from ctrdist.interaction_text import TextConfig, compose
+from ctrdist.items import Ragged, by_catalog_row, read_items
 from ctrdist.language.model import LanguageModel
 from ctrdist.language.parts import in_parts
 from ctrdist.language.tokens import TokenBatch, pad
 from ctrdist.losses import symmetric_info_nce
 from ctrdist.optim import split_decay
-from ctrdist.schema import HISTORY, ITEM_ID
+from ctrdist.schema import HISTORY, MULTI, Field
 from ctrdist.tasks import Task
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickModel
@@ -101,16 +102,15 @@ def interaction_texts(log: Log, data: str, rows: pa.Table) -> list[str]:
         data: the prepared log, for the items' names: the first part of their text.
         rows: encoded rows of `log`, with the raw values of their fields.
     """
-    items = read_items(data, log.schema)
-    names = np.full(log.catalog.size, "", object)
-    names[log.catalog.ids.lookup(items[ITEM_ID])] = join_texts(items, log.schema.text[:1]).to_pylist()
-    said = [_fields(field.name, rows[f"raw.{field.name}"].to_pylist()) for field in log.schema.row_fields]
+    config, fields, said = TextConfig(), log.schema.row_fields, raw_fields(rows, log.schema)
     if log.schema.history_length:
-        histories = rows[HISTORY].combine_chunks().flatten().to_numpy().reshape(rows.num_rows, -1)
-        before = [", ".join(names[history[history > 0]]) for history in histories]
-        said.append([f"{HISTORY} is {each}." if each else "" for each in before])
-    said.append(log.texts.take(rows[ITEM].combine_chunks()).to_pylist())
-    return [" ".join(filter(None, parts)) for parts in zip(*said, strict=True)]
+        items = read_items(data, log.schema)
+        names = by_catalog_row(join_texts(items, log.schema.text[:1]), items, log.catalog.ids)
+        before = names.take(rows[HISTORY].combine_chunks().flatten())  # "" of padding, which is left out
+        said = said.append_column(HISTORY, pa.FixedSizeListArray.from_arrays(before, log.schema.history_length))
+        fields += (Field(HISTORY, MULTI),)
+    free = log.texts.take(rows[ITEM].combine_chunks())
+    return compose([join_texts(said, config.parts(fields))], free, config).to_pylist()
 
 
 def interaction_batches(
@@ -121,9 +121,3 @@ def interaction_batches(
         start = number * size
         own = tokens.take(np.arange(start, start + len(batch)))
         yield InteractionBatch(batch, pad(own, np.arange(len(batch)), padding))
-
-
-def _fields(name: str, values: list[Any]) -> list[str]:
-    """`<field> is <value>.` of each value; lists are joined, and what is missing is left out."""
-    joined = [", ".join(map(str, filter(None, v))) if isinstance(v, list) else v for v in values]
-    return ["" if value is None or value == "" else f"{name} is {value}." for value in joined]

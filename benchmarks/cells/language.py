@@ -1,4 +1,7 @@
-"""DAP, ROMA and the text table of a log in memory, in one process: the tasks, loop and encoder of the daily job."""
+"""DAP, ROMA and the text table of a log in memory, in one process: the tasks, loop and encoder of the daily job.
+
+And the controls beside a language model: its first layers, and one like it that has learnt nothing.
+"""
 
 import time
 from pathlib import Path
@@ -7,11 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from transformers import AutoConfig, AutoModel
 
 from benchmarks.cells.log import Log
+from ctrdist.errors import UserError
 from ctrdist.items import most_popular
+from ctrdist.language import source as language_models
 from ctrdist.language.encode import EncodeConfig, Encoder, Source
-from ctrdist.language.model import LanguageModel
+from ctrdist.language.model import LanguageModel, load_tokenizer
 from ctrdist.language.tokenizer import StoredTokens
 from ctrdist.loop import fit
 from ctrdist.tasks import Task
@@ -67,14 +73,42 @@ def align(
     return facts | {"seconds": time.perf_counter() - began}
 
 
-def encode(log: Log, folder: Path, config: EncodeConfig, out: Path) -> dict[str, Any]:
-    """All items' texts by a folder's language model into the text table [catalog rows, width], `table.npy` in `out`.
+def first_layers(name: str, count: int, out: Path) -> dict[str, Any]:
+    """The first layers of a language model, as one of its own in folder `out`.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    folder = language_models.fetch(name)
+    with language_models.quiet():
+        known = AutoConfig.from_pretrained(folder).num_hidden_layers
+        if not 0 < count <= known:
+            raise UserError(f"--lms first-{count}: {name} has {known} layers")
+        model = AutoModel.from_pretrained(folder, num_hidden_layers=count, dtype=torch.float32, use_safetensors=True)
+    return _save(model, name, out)
+
+
+def random_weights(name: str, seed: int, out: Path) -> dict[str, Any]:
+    """A language model of the same architecture and tokenizer that has learnt nothing, in folder `out`."""
+    with language_models.quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(AutoConfig.from_pretrained(language_models.fetch(name)))
+    return _save(model, name, out)
+
+
+def _save(model: torch.nn.Module, tokenizer: str, out: Path) -> dict[str, Any]:
+    LanguageModel(model, load_tokenizer(tokenizer), "mean").save(out)
+    return {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def encode(log: Log, source: Source, config: EncodeConfig, out: Path) -> dict[str, Any]:
+    """All items' texts by a language model into the text table [catalog rows, width], `table.npy` in `out`.
 
     Returns:
         `seconds`, tokenising included, `items` and real `tokens`.
     """
     began = time.perf_counter()
-    table, tokens = text_table(log, Source(str(folder)), config)
+    table, tokens = text_table(log, source, config)
     np.save(out / TABLE, table)
     return {"seconds": time.perf_counter() - began, "items": len(log.catalog.items), "tokens": tokens}
 

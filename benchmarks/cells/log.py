@@ -126,6 +126,11 @@ def last_fifth(data: str, days: int = 0, valid_days: int = 7) -> Window:
     return Window(tuple(days_[: cut - valid_days]), tuple(days_[cut - valid_days : cut]), tuple(days_[cut:]))
 
 
+def raw_fields(rows: pa.Table, schema: Schema) -> pa.Table:
+    """Users' and context fields of encoded rows as the log has them; `open_log` has kept them (`keep`)."""
+    return pa.table({field.name: rows[f"raw.{field.name}"] for field in schema.row_fields})
+
+
 def open_log(data: str, window: Window, quarantine: Path, keep: tuple[str, ...] = ()) -> Log:
     """Check and encode the days of a window; vocabularies and counts are of its training days.
 

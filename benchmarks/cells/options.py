@@ -26,6 +26,7 @@ class LogOptions:
         train_days: calendar days of the window.
         valid_days: its last days, which are for validation and not trained on.
         test_days: days after it to test on.
+        last_days: with `last-fifth`, use only the last so many days; 0 uses all.
         share: share of the items that have their text: less for a quick run.
     """
 
@@ -36,6 +37,7 @@ class LogOptions:
     train_days: int = 200
     valid_days: int = 1
     test_days: int = 30
+    last_days: int = 0
     share: float = 1.0
 
     def prepared(self, folder: Path) -> str:
@@ -57,7 +59,7 @@ class LogOptions:
             days, date = list(list_days(data)), dt.date.fromisoformat(self.date)
             window = choose_window(days, date, self.train_days, self.valid_days, self.test_days)
         else:
-            window = last_fifth(data)
+            window = last_fifth(data, self.last_days)
         names = [field.name for field in Schema.load(f"{data}/schema.yaml").row_fields] if raw else []
         log = open_log(data, window, folder / "bad", tuple(names))
         return log.with_texts_of(self.share) if self.share < 1 else log

@@ -67,7 +67,7 @@ class AutoInt(Backbone):
         x = x.flatten(1)
         if self.mlp is not None:
             x = torch.cat([x, self.mlp(fields.flatten(1))], 1)
-        return x, x.new_zeros(len(x)), {}
+        return x, x.new_zeros(x.shape[0]), {}
 
 
 Network = AutoInt

@@ -49,6 +49,8 @@ class Backbone(nn.Module):
     over single features sets `first_order`, and gets their weights as `Inputs.first_order`: stored numbers times
     `first_order_scale`, by which they are learnt so much faster than embeddings. `lr` and `table_lr` are the learning
     rates that suit it, its own and that of its tables (`docs/backbones.md`).
+
+    The number of rows comes from a tensor's `shape`: `len` would make it a constant of the exported graph.
     """
 
     width: int

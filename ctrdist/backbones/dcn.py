@@ -52,7 +52,7 @@ class DCN(Backbone):
         x0 = x = all_fields(inputs).flatten(1)
         for layer in self.cross:
             x = layer(x0, x)
-        return torch.cat([x, self.mlp(x0)], 1), x0.new_zeros(len(x0)), {}
+        return torch.cat([x, self.mlp(x0)], 1), x0.new_zeros(x0.shape[0]), {}
 
 
 Network = DCN

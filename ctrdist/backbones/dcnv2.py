@@ -94,7 +94,7 @@ class DCNv2(Backbone):
         for layer in self.cross:
             x = layer(x0, x)
         deep = self.mlp(x if self.stacked else x0)
-        return deep if self.stacked else torch.cat([x, deep], 1), x0.new_zeros(len(x0)), {}
+        return deep if self.stacked else torch.cat([x, deep], 1), x0.new_zeros(x0.shape[0]), {}
 
 
 Network = DCNv2

@@ -62,7 +62,7 @@ class DIEN(Backbone):
 
     def represent(self, inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         fields = inputs.fields.flatten(1)
-        direct = fields.new_zeros(len(fields))
+        direct = fields.new_zeros(fields.shape[0])
         if not self.interest:
             return self.mlp(fields), direct, {}
         behaviours, mask = inputs.history.flatten(2), inputs.mask

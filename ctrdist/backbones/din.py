@@ -52,7 +52,7 @@ class DIN(Backbone):
     def represent(self, inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         fields = inputs.fields.flatten(1)
         x = torch.cat([fields, self.interests(inputs)], 1)
-        return self.mlp(x), fields.new_zeros(len(fields)), {}
+        return self.mlp(x), fields.new_zeros(fields.shape[0]), {}
 
     def interests(self, inputs: Inputs) -> Tensor:
         """The behaviours weighted by the target's attention, [B, F_h * d]; zeros without behaviours."""

@@ -34,7 +34,7 @@ class DNN(Backbone):
 
     def represent(self, inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         x = all_fields(inputs).flatten(1)
-        return self.mlp(x), x.new_zeros(len(x)), {}
+        return self.mlp(x), x.new_zeros(x.shape[0]), {}
 
 
 Network = DNN

@@ -90,7 +90,7 @@ class FGCNN(Backbone):
         features = torch.cat(features, 1)
         products = (features @ features.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
         x = torch.cat([features.flatten(1), products], 1)
-        return self.mlp(x), x.new_zeros(len(x)), {}
+        return self.mlp(x), x.new_zeros(x.shape[0]), {}
 
 
 Network = FGCNN

@@ -54,7 +54,7 @@ class FiGNN(Backbone):
         edges = self.edges(first)
         for _ in range(self.steps):
             states = self.gru.step(self.gru.project(self.messages(edges, states)), states) + first
-        return states.flatten(1), states.new_zeros(len(states)), {}
+        return states.flatten(1), states.new_zeros(states.shape[0]), {}
 
     def head(self, representation: Tensor) -> Tensor:
         states = representation.unflatten(1, (self.nodes, self.state))

@@ -64,7 +64,7 @@ class PNN(Backbone):
         if self.outer is not None:
             signals.append(self.outer(fields.sum(1).unsqueeze(2)))
         x = torch.cat(signals, 1)
-        return self.mlp(x), x.new_zeros(len(x)), {}
+        return self.mlp(x), x.new_zeros(x.shape[0]), {}
 
 
 Network = PNN

@@ -46,7 +46,8 @@ class ClickConfig:
         table_optimizer: `adam`, `adamw`, row-wise `adagrad` (one number a row), or `sgd` (none). The networks' own
             rates are for the first two.
         table_store: `replicated`: every worker has the tables. `sharded`: each has some of their rows. `auto`:
-            replicated if they fit into `table_memory_gib`, with their optimizer's state.
+            replicated if they fit into `table_memory_gib`, with their optimizer's state, those of both networks for
+            a pair that is trained together (ELEC).
         table_memory_gib: memory of a worker for tables.
         table_precision: of the tables' weights at rest. `bfloat16` takes half the memory for them; their optimizer
             computes in float32 in any case, and keeps its state in it.
@@ -144,6 +145,7 @@ class ClickModel(Task):
         seed: decides the initial weights.
         store: where the tables are, other than the configuration says.
         vector_dim: width of `Batch.vector`, which is joined to the representation (ELEC's gain network); 0 for none.
+        networks: how many like this one a worker has, each with tables of its own: all are to fit into its memory.
     """
 
     def __init__(
@@ -156,6 +158,7 @@ class ClickModel(Task):
         seed: int = 0,
         store: Store | None = None,
         vector_dim: int = 0,
+        networks: int = 1,
     ) -> None:
         super().__init__()
         self.group, self.vector_dim = Group(), vector_dim
@@ -170,7 +173,7 @@ class ClickModel(Task):
         widths = dict.fromkeys(names, self.columns) | field_widths(config, names)
         kind = choose_store(
             store or config.table_store,
-            [(sizes[name], widths[name]) for name in names],
+            [(sizes[name], widths[name]) for name in names] * networks,
             optimizer,
             config.table_memory_gib,
             current_group().size,
@@ -195,7 +198,7 @@ class ClickModel(Task):
                 {n: nn.Linear(w, self.columns, bias=False) for n, w in widths.items() if w != self.columns}
             )
         if vector_dim:
-            self.join = join_layer(self.backbone.width, vector_dim)
+            self.join = Join(self.backbone.width, vector_dim)
         self.target = tuple(range(len(self.row_names), fields)) if schema.history_length else ()
 
     def inputs(self, batch: Batch) -> Inputs:
@@ -242,7 +245,7 @@ class ClickModel(Task):
         """
         representation, direct, auxiliary = self.backbone.represent(inputs or self.inputs(batch))
         if self.vector_dim:
-            representation = self.join(torch.cat([representation, batch.vector.to(representation.dtype)], 1))
+            representation = self.join(representation, batch.vector)
         return representation, direct, auxiliary
 
     def logits(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -282,12 +285,16 @@ class ClickModel(Task):
         return torch.cat(vectors, 1)
 
 
-def join_layer(width: int, vector_dim: int) -> nn.Linear:
+class Join(nn.Linear):
     """h = W [representation, vector] + b, at first the representation itself: what a head expects stays what it was."""
-    layer = nn.Linear(width + vector_dim, width)
-    nn.init.eye_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+
+    def __init__(self, width: int, vector_dim: int) -> None:
+        super().__init__(width + vector_dim, width)
+        nn.init.eye_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, representation: Tensor, vector: Tensor) -> Tensor:
+        return super().forward(torch.cat([representation, vector.to(representation.dtype)], 1))
 
 
 def hide(lookup: Lookup, hidden: Tensor) -> Lookup:

@@ -59,6 +59,11 @@ class DistillConfig:
         if not 0 <= self.vector_dropout < 1:
             raise UserError(f"distill.vector_dropout: {self.vector_dropout} is not a share from 0 to under 1")
 
+    @property
+    def networks(self) -> int:
+        """How many networks of the pair have tables of their own."""
+        return 1 if self.share_embeddings else 2
+
 
 class Distillation(Task):
     """Gain and vanilla network, trained together.
@@ -99,9 +104,11 @@ class Distillation(Task):
             sizes: rows of each field's table, by name.
             vector_dim: width of `Batch.vector`; 0 without text.
         """
-        vanilla = ClickModel(schema, sizes, ctr, seed=seed)
+        count = config.networks
+        vanilla = ClickModel(schema, sizes, ctr, seed=seed, networks=count)
         rows = dict.fromkeys(sizes, FIRST_ROW) if config.share_embeddings else sizes
-        return cls(vanilla, ClickModel(schema, rows, ctr, seed=seed + GAIN_SEED, vector_dim=vector_dim), config)
+        gain = ClickModel(schema, rows, ctr, seed=seed + GAIN_SEED, vector_dim=vector_dim, networks=count)
+        return cls(vanilla, gain, config)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss`; `gain` and `vanilla`, the log losses; `score` and `representation`, before their weights."""

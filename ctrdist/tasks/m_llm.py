@@ -105,7 +105,11 @@ class ModifiedLanguageModel(Task):
 
     def represent(self, batch: Batch) -> Tensor:
         """The representation of each row, [B, width], no number under 0."""
-        return self.transform(self.norm(self.states(batch).to(self.norm.weight.dtype)))
+        return self.adapted(self.states(batch))
+
+    def adapted(self, states: Tensor) -> Tensor:
+        """The representations [B, width] of `states`."""
+        return self.transform(self.norm(states.to(self.norm.weight.dtype)))
 
     def logits(self, representation: Tensor) -> Tensor:
         """Logits [B] of representations [B, width]."""

@@ -157,15 +157,17 @@ def grown_model(
     fuse: FuseConfig | None = None,
     seed: int = 0,
     folder: str = "",
+    networks: int = 1,
 ) -> ClickModel:
     """A click model of an earlier day, with rows for ids that have come since.
 
     Args:
         start: its output.
         folder: of the model within it.
+        networks: how many like it a worker has (`ClickModel`).
     """
     schema, encoders, _ = reader.open()
-    model = load_click_model(State(reader.state).local(start.name) / folder, schema, config, fuse, seed)
+    model = load_click_model(State(reader.state).local(start.name) / folder, schema, config, fuse, seed, networks)
     model.grow(table_sizes(encoders, schema))
     model.renew(rows_with_new_ids(encoders, LogReader(reader.data, reader.state, start.facts["read"]).open()[1]))
     return model

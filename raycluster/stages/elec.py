@@ -58,20 +58,30 @@ class FrozenLanguageModelConfig:
 
 
 def encode_interactions(
-    day: Day, read: Read, model: Source, granularity: Granularity, config: EncodeConfig, text: TextConfig
+    day: Day, read: Read, model: Source, granularity: Granularity, config: EncodeConfig, text: TextConfig, days: Days
 ) -> Manifest:
-    """The states of all texts that the day needs: of its items, or of its interactions.
+    """The states of all texts that the day needs: of its items, or of the interactions of `days_used`.
 
     A text is encoded once, whatever it was made for: those of one of the last runs' tables are taken over.
+
+    Args:
+        days: to train on.
     """
-    inputs = fingerprint(read.identity, model.fingerprint(config), granularity, to_dict(text), to_dict(config))
+    parts = granularity, to_dict(text), to_dict(config), [str(d) for d in days]
+    inputs = fingerprint(read.identity, model.fingerprint(config), *parts)
     if granularity == "item":
         texts = item_text_output(day, read, text)
         numbered = catalog_rows(day.state, read.output.name)
     else:
-        texts = interaction_output(day, read, text)
+        texts = interaction_output(day, read, text, days)
         numbered = np.arange(texts.facts["rows"]), texts.identity
     return encode_stage(day, "encode", texts.name, model, config, inputs, numbered)
+
+
+def days_used(day: Day, days: Days) -> Days:
+    """The days that the stages after the texts read: `days` to train on, validation and test. A window that is wider
+    than that of the day before has others, which are read for their counts alone."""
+    return days + day.window.valid + day.window.test
 
 
 def texts_name(day: Day) -> str:
@@ -91,19 +101,19 @@ def item_text_output(day: Day, read: Read, config: TextConfig) -> Manifest:
     return day.state.find(name)
 
 
-def interaction_output(day: Day, read: Read, config: TextConfig) -> Manifest:
-    """The distinct texts of all rows that were read for the day, as an output."""
-    name, inputs = texts_name(day), fingerprint("interaction", read.identity, to_dict(config))
+def interaction_output(day: Day, read: Read, config: TextConfig, days: Days) -> Manifest:
+    """The distinct texts of all rows of `days_used`, as an output."""
+    name, used = texts_name(day), days_used(day, days)
+    inputs = fingerprint("interaction", read.identity, to_dict(config), [str(d) for d in used])
     if day.state.find(name, inputs) is None:
         reader = _reader(day, read)
         _, _, catalog = reader.open()
         items = pq.read_table(day.state.local(read.output.name) / ITEMS)
         made = Interactions.of(items, day.schema, catalog, config)
-        groups = {(group.path, group.index): group for group in read.row_groups}  # a split's are of the same rows
+        groups = {(group.path, group.index): group for group in read.groups(used)}  # a split's are of the same rows
         calls = [(reader, group, config) for group in groups.values()]
         texts = merged(in_parallel(_distinct_texts, calls, cpus=0.5))
-        rows = sum(group.good for group in read.row_groups)
-        say(f"encode     {len(texts[0]):,} distinct texts of {rows:,} interactions")
+        say(f"encode     {len(texts[0]):,} distinct texts of {read.total(used):,} interactions")
         with day.state.create(name, inputs, {"rows": len(texts[0])}) as folder:
             made.save(folder, texts)
     return day.state.find(name)
@@ -175,15 +185,20 @@ def _save_m_llm(task: ModifiedLanguageModel, folder: Path) -> None:
     task.save(folder)
 
 
-def represent(day: Day, read: Read, text: Manifest, m_llm: Manifest, granularity: Granularity) -> Manifest:
-    """The modified language model's representation and probability of every row, beside the log (`ctrdist.beside`).
+def represent(day: Day, read: Read, text: Manifest, m_llm: Manifest, granularity: Granularity, days: Days) -> Manifest:
+    """The modified language model's representation and probability of every row of `days_used`, beside the log
+    (`ctrdist.beside`).
 
     Files are written by tasks, each whole or not at all; a run that was cut off goes on with those that are missing.
     Its facts name them (`beside`) and their `width`.
+
+    Args:
+        days: to train on.
     """
-    inputs = fingerprint(read.identity, text.identity, m_llm.identity, granularity)
+    used = days_used(day, days)
+    inputs = fingerprint(read.identity, text.identity, m_llm.identity, granularity, [str(d) for d in used])
     reader = _reader(day, read, granularity)
-    files = sorted({(group.day, group.path) for group in read.row_groups})
+    files = sorted({(group.day, group.path) for group in read.groups(used)})
     width = ModifiedLanguageModel.load(day.state.local(m_llm.name)).width
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
@@ -193,8 +208,7 @@ def represent(day: Day, read: Read, text: Manifest, m_llm: Manifest, granularity
         for output, about in in_parallel(_represent_file, calls):
             written[output] = about
             progress(len(written), len(files))
-        rows = sum(group.good for group in read.row_groups)
-        facts = {"rows": rows, "beside": beside, "width": width}
+        facts = {"rows": read.total(used), "beside": beside, "width": width}
         with day.state.create(name, inputs, facts) as folder:
             (folder / "files.json").write_text(json.dumps(dict(sorted(written.items())), indent=1))
         return day.state.find(name)
@@ -208,9 +222,8 @@ def _represent_file(
     """Mirror one file of the log; the name of its output, and what it says of its source."""
     torch.set_num_threads(1)
     model = ModifiedLanguageModel.load(State(reader.state).local(m_llm))
-    made = BesideLog(State(reader.state), beside).write(
-        reader.data, day, path, inputs, partial(represent_rows, reader, text, model)
-    )
+    rows = partial(represent_rows, reader, text, model)
+    made = BesideLog(State(reader.state), beside, reader.data).write(day, path, inputs, rows)
     return made.name, {"files": made.files} | made.facts
 
 
@@ -282,8 +295,9 @@ def _pair(
     reader: LogReader, ctr: ClickConfig, config: DistillConfig, width: int, start: Manifest | None, seed: int
 ) -> Distillation:
     if start:
-        vanilla = grown_model(reader, ctr, start, seed=seed)
-        gain = grown_model(reader, ctr, start, seed=seed + GAIN_SEED, folder=GAIN)
+        count = config.networks
+        vanilla = grown_model(reader, ctr, start, seed=seed, networks=count)
+        gain = grown_model(reader, ctr, start, seed=seed + GAIN_SEED, folder=GAIN, networks=count)
         return Distillation(vanilla, gain, config)
     schema, encoders, _ = reader.open()
     return Distillation.build(schema, table_sizes(encoders, schema), ctr, config, width, seed)

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import ablation
 from benchmarks.ablation import CELA, ID, VARIANTS, Options, lines, ratios
+from benchmarks.cells import study
 from benchmarks.cells.options import LogOptions
 from ctrdist.datasets.synthetic import SyntheticConfig, prepare
 from ctrdist.language.encode import EncodeConfig
@@ -63,8 +64,8 @@ def test_a_rerun_computes_nothing_and_another_backbone_only_what_depends_on_it(o
     assert len(set(aucs.values())) == 4
 
     with monkeypatch.context() as patched:
-        patched.setattr(ablation, "once", None)
-        patched.setattr(ablation, "run", None)
+        patched.setattr(study, "once", None)
+        patched.setattr(study, "run", None)
         assert outcome(options, capsys) == first
     assert outputs(options) == done
 

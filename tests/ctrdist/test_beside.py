@@ -1,4 +1,6 @@
 import hashlib
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +26,10 @@ def numbers(group: RowGroup) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def beside(small_log: Path, tmp_path: Path) -> BesideLog:
-    found = BesideLog(State(tmp_path), "runs/d/rows")
+    found = BesideLog(State(tmp_path), "runs/d/rows", str(small_log))
     for day, paths in list_days(str(small_log)).items():
         for path in paths:
-            found.write(str(small_log), day, path, "made", numbers)
+            found.write(day, path, "made", numbers)
     return found
 
 
@@ -44,8 +46,11 @@ def test_files_mirror_the_logs_and_carry_its_checksum(beside: BesideLog, small_l
             assert own.schema_arrow.field("vector").type == pa.list_(pa.float16(), 3)
             checksum = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             assert own.schema_arrow.metadata[b"source_sha256"].decode() == checksum
-            assert beside.state.find(name).facts == {"source": path, "rows": source.metadata.num_rows,
-                                                     "source_sha256": checksum}  # fmt: skip
+            about = Path(path).stat()
+            assert beside.state.find(name).facts == {
+                "source": path, "rows": source.metadata.num_rows, "source_sha256": checksum,
+                "source_seen": [about.st_size, about.st_mtime_ns],
+            }  # fmt: skip
 
 
 def test_rows_are_read_pairwise_also_cut_shuffled_and_filled_up(beside: BesideLog, small_log: Path, small_read):
@@ -86,13 +91,32 @@ def test_a_mirror_of_the_same_source_stays(beside: BesideLog, small_log: Path, t
     def never(_group: RowGroup):
         raise AssertionError("written twice")
 
-    assert beside.write(str(small_log), day, path, "made", never).folder == before
-    assert beside.write(str(small_log), day, path, "made otherwise", numbers).folder != before
+    assert beside.write(day, path, "made", never).folder == before
+    assert beside.write(day, path, "made otherwise", numbers).folder != before
     copied = tmp_path / "log" / "interactions" / Path(path).parent.name / Path(path).name
     copied.parent.mkdir(parents=True)
     pq.write_table(pq.ParquetFile(path).read(), copied, compression="gzip")
     with pytest.raises(AssertionError, match="written twice"):
-        beside.write(str(tmp_path / "log"), day, str(copied), "made otherwise", never)
+        replace(beside, data=str(tmp_path / "log")).write(day, str(copied), "made otherwise", never)
+
+
+def test_a_file_rewritten_with_as_many_rows_is_noticed_and_one_only_touched_is_not(small_log: Path, tmp_path: Path):
+    copy = shutil.copytree(small_log, tmp_path / "log")
+    beside = BesideLog(State(tmp_path / "state"), "rows", str(copy))
+    (day, (path, *_)), *_ = list_days(str(copy)).items()
+    beside.write(day, path, "made", numbers)
+    group, table = RowGroup(day, path, 0, 8), pq.ParquetFile(path).read()
+    before = beside.read(group, ["vector"])
+    about = Path(path).stat()
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns + 1_000_000_000))
+    assert beside.read(group, ["vector"]).equals(before)
+    # The same rows in another order: sizes and statistics of the columns say nothing of it.
+    pq.write_table(table.take(pa.array(range(table.num_rows))[::-1]), path)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns + 2_000_000_000))
+    with pytest.raises(UserError, match="part-0.parquet: the file was changed since .* run the job again"):
+        beside.read(group, ["vector"])
+    beside.write(day, path, "made", numbers)
+    assert beside.read(group, ["vector"]).num_rows == 8
 
 
 def test_what_does_not_fit_is_refused(beside: BesideLog, small_log: Path):

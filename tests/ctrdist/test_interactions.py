@@ -1,11 +1,14 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ctrdist.batch import collate
 from ctrdist.encode import TEXT_ROW
 from ctrdist.epoch import plan_epoch, read_chunk
+from ctrdist.errors import UserError
 from ctrdist.interaction_text import TextConfig
 from ctrdist.interactions import Interactions, merged
 from ctrdist.items import ItemTexts, read_items, text_hashes
@@ -45,6 +48,39 @@ def test_every_row_finds_the_number_of_its_text(gathered, tmp_path: Path):
         numbers = found.numbers(group, table)[TEXT_ROW].to_numpy()
         assert len(numbers) == table.num_rows
         assert texts.take(numbers[rows]) == found.texts(table).take(rows).to_pylist()
+
+
+def test_a_row_of_which_nothing_is_said_has_the_empty_text_and_a_number_for_it(small_log: Path, small_read):
+    schema, _, catalog = small_read
+    data, files = str(small_log), list_days(str(small_log))
+    silent = TextConfig(leave_out=("user_id", "tags", "item_id", "hour", "genres", "studio"))
+    items = read_items(data, schema)
+    items = items.set_column(items.column_names.index("title"), "title", pa.nulls(items.num_rows, pa.string()))
+    made = Interactions.of(items, schema, catalog, silent)
+    group = list_row_groups(data, files, tuple(files), schema)[0]
+    rows = read_row_group(data, group, schema)
+    assert set(made.texts(rows).to_pylist()) == {""}
+    hashes, texts = made.distinct(group, rows)
+    assert texts.to_pylist() == [""]
+    found = replace(made, hashes=np.insert(hashes, 0, hashes[0] - np.uint64(1)))
+    assert found.numbers(group, rows)[TEXT_ROW].to_pylist() == [1] * rows.num_rows
+
+
+def test_a_good_row_without_its_text_is_refused_and_a_bad_one_is_not(gathered):
+    found, groups, tables, good = gathered
+    bad = [number for number, rows in enumerate(good) if len(rows) < tables[number].num_rows]
+    assert bad, "some row groups have bad rows"
+    for group, table, rows in zip(groups, tables, good, strict=True):
+        hashes = text_hashes(found.texts(table).to_pylist())
+        faulty = np.setdiff1d(np.arange(table.num_rows), rows)
+        only_bad = np.setdiff1d(hashes[faulty], hashes[rows])
+        without = replace(found, hashes=np.setdiff1d(found.hashes, only_bad))
+        numbers = without.numbers(group, table)[TEXT_ROW].to_numpy()
+        assert (without.hashes[numbers[rows]] == hashes[rows]).all()
+        assert not numbers[np.isin(hashes, only_bad)].any()
+        lacking = replace(found, hashes=np.setdiff1d(found.hashes, hashes[rows[:1]]))
+        with pytest.raises(UserError, match=f"row group {group.index} says what it did not say .* run the job again"):
+            lacking.numbers(group, table)
 
 
 def test_numbers_travel_with_the_rows_and_become_states(gathered, small_log: Path, small_read):

@@ -195,6 +195,57 @@ def test_the_next_day_may_read_interactions_each_text_once(first_day, options, d
     assert Release(state.local(f"releases/{SECOND}")).model.vector_dim == 0
 
 
+@pytest.mark.parametrize("granularity", ["item", "interaction"])
+def test_later_days_go_on_from_the_day_before_and_read_no_more_than_they_use(
+    granularity, in_one_process, options, data, tmp_path
+):
+    """With learning rates of nothing, a day that goes on from the day before ends with that day's weights."""
+    still = {"lr": 1e-30, "table_lr": 1e-30, "weight_decay": 0.0}
+    first = replace(options, state=str(tmp_path), text_granularity=granularity)
+    second = replace(first, date=SECOND, train_days=2, ctr=replace(options.ctr, **still),
+                     m_llm=replace(options.m_llm, lr=0.0))  # fmt: skip
+    third = replace(second, date=dt.date(2024, 1, 6), train_days=6)
+    for one in (first, second, third):
+        JOB.run(one)
+    state, schema = State(str(tmp_path)), Schema.load(data / "schema.yaml")
+
+    def mirrored(date: dt.date, day: str) -> np.ndarray | None:
+        names = state.names(f"runs/{date}/represent.rows/dt={day}")
+        tables = [pq.ParquetFile(next(state.local(name).glob("*.parquet"))).read() for name in names]
+        return np.concatenate([np.array(t["vector"].to_pylist()) for t in tables]) if names else None
+
+    for before, one in ((first, second), (second, third)):
+        report, earlier = report_of(one, one.date), report_of(one, before.date)
+        assert {report["stages"][name]["rows"] for name in ("m_llm", "backbone", "distill")} == {300}
+        folders = [state.local(f"runs/{each.date}/m_llm") for each in (before, one)]
+        weights = [ModifiedLanguageModel.load(folder).state_dict() for folder in folders]
+        assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+        for name in ("backbone", "distill", f"distill/{GAIN}"):
+            stage, _, folder = name.partition("/")
+            old, new = (
+                load_click_model(state.local(f"runs/{each.date}/{stage}") / folder, schema) for each in (before, one)
+            )
+            for key, value in old.backbone.state_dict().items():
+                torch.testing.assert_close(new.backbone.state_dict()[key], value)
+            for field, table in old.tables.items():
+                assert new.tables[field].rows >= table.rows
+                torch.testing.assert_close(new.tables[field].weight[: table.rows], table.weight)
+        # What was encoded is there, and a day that both have read is represented alike.
+        facts = state.find(f"runs/{one.date}/encode").facts
+        assert facts["copied"] > 0 and (facts["encoded"] == 0) == (granularity == "item")
+        both = mirrored(before.date, str(one.date)), mirrored(one.date, str(one.date))
+        np.testing.assert_array_equal(*both)
+        assert both[0].any() and report["models"] != earlier["models"]
+    # The third day's window goes back to the first, for the counts of items alone: nothing is made of these rows.
+    read = state.find(f"runs/{third.date}/read").facts["rows_by_day"]
+    assert {"2024-01-01", "2024-01-02", "2024-01-03"} <= set(read)
+    days = [day for day in sorted(read) if mirrored(third.date, day) is not None]
+    assert days == ["2024-01-05", "2024-01-06", "2024-01-07"]
+    assert state.find(f"runs/{third.date}/represent").facts["rows"] == sum(read[day] for day in days) == 900
+    if granularity == "interaction":
+        assert 0 < state.find(f"runs/{third.date}/encode").facts["items"] <= 900
+
+
 def test_without_text_no_stage_of_the_language_model_runs(options, monkeypatch):
     """The stages as the job calls them, in place of the stages themselves."""
     called, evaluated = [], {}

@@ -2,6 +2,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from ctrdist.backbones import NAMES, BackboneConfigs
 from ctrdist.backbones.dcnv2 import Config as DCNv2Config
 from ctrdist.backbones.din import Config as DINConfig
 from ctrdist.batch import Batch, join_items
-from ctrdist.embedding import tables_of
+from ctrdist.embedding import EmbeddingTable, tables_of
 from ctrdist.errors import UserError
-from ctrdist.export import DESCRIPTION, WEIGHTS, load_click_model, save_click_model
+from ctrdist.export import DESCRIPTION, WEIGHTS, export_dense, load_click_model, save_click_model
 from ctrdist.group import Group
 from ctrdist.loop import LoopConfig, fit
 from ctrdist.schema import Field, Schema
+from ctrdist.sharded import ShardedTable, row_bytes
 from ctrdist.tasks.click import ClickConfig, ClickModel
 from ctrdist.tasks.distill import Distillation, DistillConfig
 
@@ -67,6 +69,53 @@ def test_the_vanilla_network_is_the_plain_backbone(name: str, tmp_path: Path):
     assert repr(task.vanilla) == repr(plain)
     batch = batch_of(20)
     assert torch.equal(task.eval().predict(batch), plain.eval().predict(replace(batch, vector=None)))
+
+
+def described(program: torch.export.ExportedProgram) -> tuple[list, list, str]:
+    """Its nodes, with the shapes and types of what they compute; names, shapes and bytes of its weights; its inputs."""
+    nodes = [(n.op, n.name, str(n.target), n.args, n.kwargs, n.meta.get("val")) for n in program.graph.nodes]
+    weights = [(name, value.shape, value.dtype, value.nbytes) for name, value in program.state_dict.items()]
+    return [list(map(str, node)) for node in nodes], weights, str(program.graph_signature)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_vanilla_networks_exported_graph_is_the_plain_backbones(name: str):
+    task, batch = pair(name, seed=3).eval(), batch_of(5)
+    plain = ClickModel(SCHEMA, SIZES, task.vanilla.config).eval()
+    with torch.no_grad():  # what it has learnt, and from whom, is no part of a graph
+        for weight in task.vanilla.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    vanilla, alone = export_dense(task.vanilla, batch), export_dense(plain, replace(batch, vector=None))
+    assert described(vanilla) == described(alone)
+    assert len(vanilla.state_dict) == len(task.vanilla.backbone.state_dict())
+    other = batch_of(9, seed=2)
+    inputs = task.vanilla.inputs(other)
+    named = {"fields": inputs.fields, "history": inputs.history, "mask": inputs.mask}
+    named |= {} if inputs.first_order is None else {"first_order": inputs.first_order}
+    with torch.no_grad():
+        torch.testing.assert_close(vanilla.module()(**named), task.vanilla.predict(other))
+
+
+def test_the_gain_networks_exported_graph_reads_the_vector():
+    task, batch = pair("dcnv2").eval(), batch_of(5)
+    gain, vanilla = (described(export_dense(model, batch)) for model in (task.gain, task.vanilla))
+    assert "join.weight" in [name for name, *_ in gain[1]] and "vector" in [node[1] for node in gain[0]]
+    assert "vector" not in str(vanilla) and "join" not in str(vanilla)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_tables_of_both_networks_are_to_fit_into_memory(share: bool, monkeypatch):
+    monkeypatch.setattr("ctrdist.tasks.click.current_group", lambda: SimpleNamespace(size=2))
+    plain = ClickModel(SCHEMA, SIZES, ClickConfig(backbone="dcnv2", dim=4))
+    needed = sum(SIZES.values()) * row_bytes(4, plain.tables["user_id"].optimizer) / 2**30
+
+    def kinds(memory: float) -> set[type]:
+        task = pair("dcnv2", Plain(share_embeddings=share), table_memory_gib=memory)
+        return {type(table) for table in tables_of(task)}
+
+    assert kinds(needed * 2.001) == {EmbeddingTable}
+    assert kinds(needed * 1.001) == {EmbeddingTable if share else ShardedTable}
+    assert kinds(needed * 0.999) == {ShardedTable}
 
 
 @pytest.mark.parametrize("name", ["din", "dcnv2", "deepfm", "dien", "fignn"])

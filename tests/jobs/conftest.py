@@ -1,0 +1,89 @@
+"""A daily job in one process: loops in place of Ray and MLflow, for what depends on neither."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from ctrdist.language.encode import ShardEncoder
+from ctrdist.language.tokenizer import tokens_to_arrow
+from raycluster import cluster, trainer
+from raycluster.tokens import tokens_of
+
+
+class Stream:
+    """What `raycluster.ingest.stream` gives, read as it is asked for."""
+
+    def __init__(self, reader: Any, chunks: list, block_rows: int = 0, keep: tuple[str, ...] = ()) -> None:
+        self.tables = lambda: _cut((reader.read(chunk, keep) for chunk in chunks), block_rows)
+
+    def map_batches(self, actor: type, fn_constructor_kwargs: dict[str, Any], **_options: Any) -> "Stream":
+        """The same through an actor."""
+        out, own, before = Stream(None, []), actor(**fn_constructor_kwargs), self.tables
+        out.tables = lambda: map(own, before())
+        return out
+
+    def iter_batches(self, **_options: Any) -> Iterator[pa.Table]:
+        """Its blocks."""
+        return self.tables()
+
+
+def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
+    for table in tables:
+        for start in range(0, table.num_rows, rows or table.num_rows):
+            yield table.slice(start, rows or None)
+
+
+class NoTracker:
+    """Follows nothing."""
+
+    @contextmanager
+    def run(self, *_about: Any, **_more: Any) -> Iterator[str]:
+        """A run without a name."""
+        yield ""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def _train(training: trainer.Training, _plan: cluster.Plan) -> SimpleNamespace:
+    """A trainer whose worker is this process."""
+    shards = {"train": training.train_stream(0), "valid": training.valid_stream()}
+
+    def fit() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_size=lambda: 1))
+            patch.setattr("ray.train.get_dataset_shard", shards.get)
+            patch.setattr("ray.train.report", lambda _metrics: None)
+            patch.setattr(trainer, "get_device", lambda: "cpu")
+            trainer._work({"training": training})
+
+    return SimpleNamespace(fit=fit)
+
+
+def _encode(work: Any, state: Any, shards: str, model: Any, config: Any, plan: cluster.Plan) -> Iterator:
+    encoder = ShardEncoder(model, config, state.uri, shards, plan.threads)
+    done = encoder(tokens_to_arrow(work.hashes, tokens_of(state.uri, work.texts, work.tokenizer, work.rows)))
+    yield int(done["items"][0]), str(done["device"][0])
+
+
+@pytest.fixture
+def in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs run here, without Ray, and nothing is tracked or registered."""
+
+    def in_order(function: Callable, calls: list[tuple], **_options: Any) -> Iterator:
+        return (function(*call) for call in calls)
+
+    for module in ("ingest", "stages.elec", "tokens"):
+        monkeypatch.setattr(f"raycluster.{module}.in_parallel", in_order)
+    monkeypatch.setattr("raycluster.ingest.stream", Stream)
+    monkeypatch.setattr("raycluster.encoder._encode", _encode)
+    monkeypatch.setattr(trainer, "_trainer", _train)
+    monkeypatch.setattr("raycluster.day.Tracker.open", lambda *_: NoTracker())
+    monkeypatch.setattr("raycluster.reporting.log", lambda *_: None)
+    monkeypatch.setattr("raycluster.registry.register", lambda *_: "nowhere")
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "make_plan", lambda *_: cluster.Plan(1, 0, 1.0, 1))
