@@ -34,9 +34,18 @@ class Ragged:
     def take(self, rows: np.ndarray) -> "Ragged":
         """The given rows, in their order."""
         starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
-        ends = np.cumsum(lengths)
-        at = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
-        return Ragged(self.values[at], np.concatenate([[0], ends]).astype(np.int64))
+        return Ragged(self.values[spans(starts, lengths)], offsets_of(lengths))
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """Lengths [n] -> where each row begins and the last one ends, int64 [n + 1]."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The places of n stretches one after another: starts[0], starts[0] + 1, ..., then starts[1], ..."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
 @dataclass(frozen=True)

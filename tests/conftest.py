@@ -124,6 +124,8 @@ def lm_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         "minilm": ("bert", hf.BertForMaskedLM, hf.BertConfig(**encoder)),
         "roberta": ("roberta", hf.RobertaForMaskedLM, hf.RobertaConfig(
             **encoder | {"max_position_embeddings": 26}, pad_token_id=1, type_vocab_size=1)),
+        "xlm-roberta": ("roberta", hf.XLMRobertaForMaskedLM, hf.XLMRobertaConfig(
+            **encoder | {"max_position_embeddings": 26}, pad_token_id=1, type_vocab_size=1)),
         "deberta-v2": ("bert", hf.DebertaV2ForMaskedLM, hf.DebertaV2Config(
             **encoder, relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
             position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True, type_vocab_size=0)),
@@ -135,7 +137,12 @@ def lm_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         "opt": ("opt", hf.OPTForCausalLM, hf.OPTConfig(**opt, word_embed_proj_dim=16)),
         "opt-projected": ("opt", hf.OPTForCausalLM, hf.OPTConfig(
             **opt, word_embed_proj_dim=8, do_layer_norm_before=False)),
+        "bart": ("roberta", hf.BartForConditionalGeneration, hf.BartConfig(
+            d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=24, vocab_size=330, init_std=0.2)),
         "qwen2": ("gpt2", hf.Qwen2ForCausalLM, hf.Qwen2Config(
+            **encoder, num_key_value_heads=1, tie_word_embeddings=False, **ends)),
+        "llama": ("gpt2", hf.LlamaForCausalLM, hf.LlamaConfig(
             **encoder, num_key_value_heads=1, tie_word_embeddings=False, **ends)),
     }  # fmt: skip
 

@@ -36,7 +36,9 @@ POOLING_NOTE = "pooling.json"
 
 
 class LanguageModel(nn.Module):
-    """An encoder (BERT, RoBERTa, ...) or a decoder (GPT-2, OPT, Qwen, ...) with a pooling.
+    """An encoder (BERT, RoBERTa, ...), a decoder (GPT-2, OPT, Qwen, ...) or an encoder-decoder that fills in masked
+    words (BART) with a pooling. The decoder of the last one reads the same text one token later, so that its states
+    stand for the tokens that they predict, as an encoder's do.
 
     Make one with `load`. It has no pooler layer: every parameter that `parameter_groups` names gets a gradient.
 
@@ -64,7 +66,7 @@ class LanguageModel(nn.Module):
         Args:
             name: a folder, or a Hugging Face name such as `sentence-transformers/all-MiniLM-L6-v2`.
             pooling: one of `POOLINGS`, or `auto`: what the folder says (`1_Pooling/config.json` of sentence encoders,
-                `classifier_pooling` in ModernBERT's configuration), else `cls` for encoders and `last` for decoders.
+                `classifier_pooling` in ModernBERT's configuration), else `cls` for encoders and `last` for the others.
             head: with the head that predicts words: masked ones for an encoder, each next one for a decoder. Where the
                 checkpoint has none it is drawn from torch's random state; its output matrix is the input embeddings
                 in all families that tie the two.
@@ -115,7 +117,7 @@ class LanguageModel(nn.Module):
         """Whether `token_logits` works."""
         return self.model is not self.base
 
-    def states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def states(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
         """What the head reads, the last layer's states, and what `pool` pools, that or an average of two layers'.
 
         B may be 0: the model then runs on one padding row whose result is dropped, so that each of its parameters
@@ -124,6 +126,7 @@ class LanguageModel(nn.Module):
         Args:
             input_ids: [B, L] int64.
             attention_mask: [B, L] int64, 1 = real token.
+            inputs: more of what the Hugging Face model takes, or passes on to its attention.
 
         Returns:
             Both [B, L, width].
@@ -132,7 +135,7 @@ class LanguageModel(nn.Module):
         if rows == 0:
             input_ids = input_ids.new_full((1, max(input_ids.shape[1], 1)), self.tokenizer.pad_token_id or 0)
             attention_mask = torch.ones_like(input_ids)
-        options: dict[str, Any] = {"use_cache": False} if getattr(self.base.config, "use_cache", False) else {}
+        options = inputs | ({"use_cache": False} if getattr(self.base.config, "use_cache", False) else {})
         beside = _BESIDE_LAST.get(self.pooling)
         if beside is not None:
             options["output_hidden_states"] = [beside]
@@ -265,7 +268,7 @@ def _set_up(tokenizer: PreTrainedTokenizerBase, config: Any) -> PreTrainedTokeni
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-    if config.model_type in _POSITIONS_FROM_PADDING:
+    if config.model_type in POSITIONS_FROM_PADDING:
         positions -= config.pad_token_id + 1
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
@@ -284,7 +287,7 @@ def _digest(state: dict[str, Tensor], salt: str) -> str:
     return digest.hexdigest()[:12]
 
 
-_POSITIONS_FROM_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
+POSITIONS_FROM_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet")
 """Families whose first position is `pad_token_id + 1`, so that they read that much less than they have positions."""
 
 _OPTIONS: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
@@ -292,6 +295,10 @@ _OPTIONS: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "ou
 
 def _is_decoder(config: Any) -> bool:
     return type(config) not in MODEL_FOR_MASKED_LM_MAPPING and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _is_encoder_decoder(config: Any) -> bool:
+    return getattr(config, "is_encoder_decoder", False)
 
 
 def _width(config: Any) -> int:
@@ -306,8 +313,11 @@ def _loader(config: Any, head: bool) -> Any:
 
 
 def _check(name: str, config: Any, head: bool) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"language model '{name}' is an encoder-decoder ({config.model_type}); take an encoder")
+    if _is_encoder_decoder(config) and type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        raise UserError(
+            f"language model '{name}' is an encoder-decoder ({config.model_type}) that fills in no masked words, as "
+            "BART does; take an encoder"
+        )
     if head and not _is_decoder(config) and type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(
             f"language model '{name}' ({config.model_type}) predicts no words. Take an encoder such as "
@@ -368,6 +378,8 @@ def _pooling(pooling: str, folder: str, config: Any) -> str:
         pooling = _own_pooling(Path(folder), config)
     elif pooling not in POOLINGS:
         raise UserError(f"pooling: unknown '{pooling}'; {nearest(pooling, (*POOLINGS, 'auto'))}")
+    if pooling in _BESIDE_LAST and _is_encoder_decoder(config):
+        raise UserError(f"pooling: not '{pooling}' for an encoder-decoder ({config.model_type}), which has two stacks")
     if pooling in _BESIDE_LAST and _width(config) != config.hidden_size:
         raise UserError(
             f"pooling: not '{pooling}' for this model, whose last states ({_width(config)}) are not as wide as those "
@@ -393,4 +405,5 @@ def _own_pooling(folder: Path, config: Any) -> str:
         if len(found) != 1 or found[0] not in known:
             raise UserError(f"{path}: pooling {found} is not supported; set pooling to {', '.join(POOLINGS)}")
         return known[found[0]]
-    return "last" if _is_decoder(config) else getattr(config, "classifier_pooling", "cls")
+    last = _is_decoder(config) or _is_encoder_decoder(config)
+    return "last" if last else getattr(config, "classifier_pooling", "cls")

@@ -23,7 +23,7 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_length
     """Token ids of n texts, with special tokens, cut to `max_length` and to what the model can read; none is padded."""
     limit = min(max_length, tokenizer.model_max_length)
     found = tokenizer(texts, truncation=True, max_length=limit, return_attention_mask=False) if texts else {}
-    return _columnar(found.get("input_ids", []))
+    return columnar(found.get("input_ids", []))
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TextTokenizer:
         """`token_ids` of n texts."""
         if not isinstance(self.content, str):
             return token_ids(self.content, texts, self.limit)
-        return _columnar([found.ids for found in _ready(self.content).encode_batch_fast(texts)])
+        return columnar([found.ids for found in _ready(self.content).encode_batch_fast(texts)])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -71,7 +71,8 @@ def _ready(content: str) -> Tokenizer:
     return Tokenizer.from_str(content)
 
 
-def _columnar(ids: list[list[int]]) -> Ragged:
+def columnar(ids: list[list[int]]) -> Ragged:
+    """Lists of token ids as int32 values and offsets."""
     offsets = np.zeros(len(ids) + 1, np.int64)
     np.cumsum([len(row) for row in ids], out=offsets[1:])
     return Ragged(np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1]), offsets)

@@ -11,7 +11,8 @@ from ctrdist.language.tokens import TokenBatch, tokenize
 
 ENCODERS = {"bert": "cls", "minilm": "mean", "roberta": "cls", "deberta-v2": "cls", "modernbert": "mean"}
 DECODERS = {"gpt2": "last", "opt": "last", "opt-projected": "last", "qwen2": "last"}
-FAMILIES = ENCODERS | DECODERS
+FAMILIES = ENCODERS | DECODERS | {"bart": "last"}
+LAST_LAYER_ONLY = {"opt-projected": r" .*\(8\) .*\(16\)", "bart": r" .*two stacks"}
 TEXTS = ["red dog and the sea", "war", "a long sad film about love and the old house", "cat"]
 
 
@@ -32,7 +33,8 @@ def alone(folder: Path, texts: list[str] = TEXTS):
     for text in texts:
         with torch.no_grad():
             out = model(torch.tensor([tokenizer(text)["input_ids"]]), output_hidden_states=True)
-        yield [states[0] for states in out.hidden_states], out.logits[0]
+        layers = out.decoder_hidden_states if folder.name == "bart" else out.hidden_states
+        yield [states[0] for states in layers], out.logits[0]
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -42,8 +44,8 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_states_vectors_and_logits_are_hugging_faces_own(family):
     name, folder = family
     for pooling in POOLINGS:
-        if name == "opt-projected" and pooling in ("first-last", "top-2"):
-            with pytest.raises(UserError, match=rf"pooling: not '{pooling}' .*\(8\) .*\(16\)"):
+        if name in LAST_LAYER_ONLY and pooling in ("first-last", "top-2"):
+            with pytest.raises(UserError, match=f"pooling: not '{pooling}'" + LAST_LAYER_ONLY[name]):
                 LanguageModel.load(str(folder), pooling)
             continue
         model = LanguageModel.load(str(folder), pooling, head=True).eval()
@@ -84,7 +86,7 @@ def test_a_text_that_is_too_long_is_cut_to_what_the_model_reads(family):
 @pytest.mark.parametrize("pooling", ["auto", "top-2"])
 def test_every_named_parameter_gets_a_gradient(family, pooling: str):
     name, folder = family
-    if name == "opt-projected" and pooling == "top-2":
+    if name in LAST_LAYER_ONLY and pooling == "top-2":
         return
     model = LanguageModel.load(str(folder), pooling, head=True)
     batch = tokens(model)
@@ -106,7 +108,7 @@ def test_every_named_parameter_gets_a_gradient(family, pooling: str):
 def test_saved_and_loaded_alike(family, tmp_path: Path):
     name, folder = family
     for pooling in ("auto", "mean", "first-last", "top-2"):
-        if name == "opt-projected" and pooling in ("first-last", "top-2"):
+        if name in LAST_LAYER_ONLY and pooling in ("first-last", "top-2"):
             continue
         model, saved = LanguageModel.load(str(folder), pooling, head=True).eval(), tmp_path / pooling
         with torch.no_grad():
