@@ -9,9 +9,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ctrdist.encode import FILLER, ITEM, TEXT_ROW, VECTOR, list_parts
+from ctrdist.encode import FILLER, ITEM, TEXT_ROW, VECTOR, list_parts, vectors_of
 from ctrdist.items import Catalog, Ragged
-from ctrdist.language.tokens import TokenBatch
+from ctrdist.language.tokens import TokenBatch, pad
 from ctrdist.schema import HISTORY, LABEL, MULTI, Schema
 from ctrdist.vocabulary import FIRST_ROW, PADDING, UNKNOWN
 
@@ -159,13 +159,9 @@ def collate(
     if VECTOR in table.column_names:
         batch.vector = torch.from_numpy(vectors_of(table[VECTOR]).astype(np.float32))
     if row_texts is not None:
-        batch.tokens = row_texts.tokens(table)
+        tokens, numbers = row_texts.tokens(table)
+        batch.tokens = pad(tokens, numbers, row_texts.padding)
     return batch
-
-
-def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of fixed-size lists, none of them null, as an array [n, width]."""
-    return column.combine_chunks().flatten().to_numpy().reshape(-1, column.type.list_size)
 
 
 def join_items(

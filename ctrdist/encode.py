@@ -67,6 +67,11 @@ def list_parts(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), pc.list_flatten(lists)
 
 
+def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of fixed-size lists, none of them null, as an array [n, width]."""
+    return column.combine_chunks().flatten().to_numpy().reshape(-1, column.type.list_size)
+
+
 def recent_rows(histories: pa.Array, catalog: Catalog, length: int) -> np.ndarray:
     """The last `length` items of each history as catalog rows, int32 [n, length], oldest first, zeros at the end."""
     offsets, flat = list_parts(histories)

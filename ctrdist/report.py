@@ -10,6 +10,7 @@ All three are made from one plain dictionary that holds what JSON holds:
                            probability, which only a synthetic world knows: no model does better
     gain                   as `metrics.gain`
     groups                 as `metrics.popularity_groups`
+    quadrants              as `metrics.quadrants`
     stages                 {name: {"seconds", "rows", "skipped", "losses": [[step, loss], ...],
                            "valid_auc": [[epoch, auc], ...], "data_wait": share of the training
                            time spent waiting for the next batch}}, in the order they ran
@@ -46,7 +47,12 @@ STAGE_TITLES = {
     "represent": "Representations",
     "backbone": "Backbone alone",
     "distill": "Gain and vanilla network",
+    "tokens": "Rows as tokens",
+    "pretrain": "Masked words with prompts",
+    "without_plm": "Fine-tuning without the language model",
+    "with_plm": "Fine-tuning with the language model",
     "evaluate": "Evaluation",
+    "inference": "Inference time",
 }
 """What a person calls each stage; a second round of one is named `roma_2`."""
 

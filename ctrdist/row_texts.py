@@ -13,14 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ctrdist.batch import vectors_of
-from ctrdist.encode import ITEM, SAID
+from ctrdist.encode import ITEM, SAID, vectors_of
 from ctrdist.errors import UserError
 from ctrdist.interaction_text import TextConfig, item_sides
 from ctrdist.items import Catalog, ItemTexts, Ragged
 from ctrdist.language.assemble import RowTokenizer, RowTokens, say
 from ctrdist.language.tokenizer import TextTokenizer
-from ctrdist.language.tokens import TokenBatch, pad
 from ctrdist.log import RowGroup
 from ctrdist.schema import ITEM_ID, Field, Schema
 
@@ -63,6 +61,11 @@ class RowTexts:
     items: np.ndarray
     tokenizer: RowTokenizer
     first: bool
+
+    @property
+    def padding(self) -> int:
+        """Id of the padding token."""
+        return self.tokenizer.tokenizer.padding
 
     @classmethod
     def of(
@@ -116,11 +119,11 @@ class RowTexts:
         codes = np.concatenate([own, self.items[table[ITEM].to_numpy()]], 1).astype(np.int64)
         return codes[:, _order(codes.shape[1], self.first)]
 
-    def tokens(self, table: pa.Table) -> TokenBatch:
-        """The texts of encoded rows; their `items` are a hash of what is said."""
+    def tokens(self, table: pa.Table) -> tuple[Ragged, np.ndarray]:
+        """The tokens of encoded rows, and int64 [n], a hash of what each says."""
         codes = self.codes(table)
         factors = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, codes.shape[1])
-        return pad(self.tokenizer(codes).tokens, (codes + 1) @ factors, self.tokenizer.tokenizer.padding)
+        return self.tokenizer(codes).tokens, (codes + 1) @ factors
 
     def tokens_by_field(self, table: pa.Table) -> RowTokens:
         """The tokens of encoded rows, each with the number of its field in `fields`."""

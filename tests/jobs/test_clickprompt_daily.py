@@ -1,0 +1,140 @@
+"""The daily job of ClickPrompt, whole, on a small world and a tiny language model."""
+
+import json
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from ctrdist.backbones import BackboneConfigs, dcnv2
+from ctrdist.datasets.synthetic import SyntheticConfig, prepare
+from ctrdist.errors import UserError
+from ctrdist.export import load_click_model
+from ctrdist.language.prompts import PromptConfig
+from ctrdist.log import log_columns
+from ctrdist.prompted import load_scorer
+from ctrdist.row_texts import RowTextConfig
+from ctrdist.schema import Schema
+from ctrdist.storage import State
+from ctrdist.tasks.click import ClickConfig
+from ctrdist.tasks.prompted import PromptedClick, PromptFinetuneConfig, PromptPretrainConfig
+from ctrdist.text_training import LanguageModelConfig
+from jobs import clickprompt_daily as JOB
+
+FIRST = date(2024, 1, 4)
+MODELS = ["backbone", "with_plm", "without_plm"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory, tiny_lm):
+    data = tmp_path_factory.mktemp("clickprompt") / "data"
+    prepare(SyntheticConfig(users=60, items=90, days=5, rows_per_day=200), data)
+    return JOB.ClickPromptOptions(
+        data=str(data), state=str(data.parent / "state"), date=FIRST, train_days=4, test_days=1, workers=1,
+        lm=LanguageModelConfig(name=str(tiny_lm)), prompts=PromptConfig(count=2), text=RowTextConfig(max_length=32),
+        ctr=ClickConfig(backbone="dcnv2", epochs=1, batch_size=128, dim=8, patience=1,
+                        networks=BackboneConfigs(dcnv2=dcnv2.Config(hidden=(16,), dropout=0.0))),
+        pretrain=PromptPretrainConfig(epochs=1, batch_size=64),
+        finetune=PromptFinetuneConfig(epochs=1, batch_size=128, patience=1),
+    )  # fmt: skip
+
+
+def report_of(options) -> dict:
+    return json.loads((Path(options.state) / "releases" / str(FIRST) / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def first_day(ray_cluster, options) -> dict:
+    JOB.run(options)
+    return report_of(options)
+
+
+def test_the_report_compares_all_three_on_the_same_rows(first_day, options):
+    assert list(first_day["models"]) == [*MODELS, "best"]
+    stages = ["backbone", "tokens", "pretrain", "without_plm", "with_plm", "evaluate", "inference"]
+    assert list(first_day["stages"]) == stages
+    assert all(stage["seconds"] > 0 and stage["rows"] > 0 for stage in first_day["stages"].values())
+    scored = pq.read_table(State(options.state).local(f"runs/{FIRST}/evaluate") / "predictions.parquet")
+    assert scored.num_rows == first_day["rows"]["test"] == 200
+    for name in MODELS:
+        model = first_day["models"][name]
+        assert model["auc"] == pytest.approx(roc_auc_score(scored["label"], scored[name]))
+        assert model["batch_ms"] > 0 and 0 < model["log_loss"] < 3
+    assert len({first_day["models"][name]["auc"] for name in MODELS}) == 3
+    assert first_day["models"]["with_plm"]["batch_ms"] > first_day["models"]["without_plm"]["batch_ms"]
+    assert {"auc", "auc_p", "cold"} <= set(first_day["gain"])
+    for name in ("backbone", "without_plm", "with_plm"):
+        assert len(first_day["stages"][name]["valid_auc"]) == 1
+    assert first_day["stages"]["pretrain"]["valid_loss"] == []
+
+
+def test_quadrants_are_counted_from_the_training_rows(first_day, options):
+    paths = sorted((Path(options.data) / "interactions").rglob("*.parquet"))
+    train = [row for path in paths[:3] for row in pq.ParquetFile(path).read().to_pylist()]
+    test = pq.ParquetFile(paths[4]).read().to_pylist()
+
+    def tails(name: str) -> list[bool]:
+        counts = {}
+        for row in train:
+            counts[row[name]] = counts.get(row[name], 0) + 1
+        edge = sorted(counts.values())[-(-len(counts) // 10) - 1]
+        return [counts.get(row[name], 0) <= edge for row in test]
+
+    users, items = np.array(tails("user_id")), np.array(tails("item_id"))
+    found = {(q["users"], q["items"]): q["rows"] for q in first_day["quadrants"]}
+    expected = {
+        (u, i): int(((users == (u == "tail")) & (items == (i == "tail"))).sum())
+        for u in ("tail", "head")
+        for i in ("tail", "head")
+    }
+    assert found == expected and sum(found.values()) == 200
+    assert set(first_day["quadrants"][-1]["auc"]) == set(MODELS)
+
+
+def test_what_is_released_is_the_plain_backbone(first_day, options):
+    import mlflow
+
+    state, schema = State(options.state), Schema.load(Path(options.data) / "schema.yaml")
+    release = state.find(f"releases/{FIRST}")
+    assert {name for name in release.files if name.startswith("clickprompt/")} == {
+        "clickprompt/model.safetensors", "clickprompt/model.json"
+    }  # fmt: skip
+    folders = [state.local(f"runs/{FIRST}/{name}") for name in ("without_plm", "backbone")]
+    assert (folders[0] / "model.json").read_bytes() == (folders[1] / "model.json").read_bytes()
+    models = [load_click_model(folder, schema).state_dict() for folder in folders]
+    assert [(name, value.shape) for name, value in models[0].items()] == [
+        (name, value.shape) for name, value in models[1].items()
+    ]
+    assert isinstance(load_scorer(state.local(f"runs/{FIRST}/with_plm"), schema), PromptedClick)
+
+    mlflow.set_tracking_uri(f"sqlite:///{options.state}/mlflow.db")
+    served = mlflow.pyfunc.load_model("models:/clickprompt/1")
+    scored = pq.read_table(state.local(f"runs/{FIRST}/evaluate") / "predictions.parquet")
+    path = Path(options.data) / "interactions" / "dt=2024-01-05"
+    rows = pq.read_table(path, columns=log_columns(schema), partitioning=None)
+    names = [column.name for column in served.metadata.get_input_schema()]
+    found = served.predict(rows.to_pandas()[names])["probability"].to_numpy()
+    np.testing.assert_allclose(np.sort(found), np.sort(scored["without_plm"].to_numpy()), atol=1e-5)
+
+
+def test_a_run_cut_off_goes_on_and_ends_alike(first_day, options, capsys):
+    state = State(options.state)
+    for name in (f"runs/{FIRST}/evaluate", f"releases/{FIRST}"):
+        state.remove(name)
+    JOB.run(options)
+    out = capsys.readouterr().out
+    for stage in ("backbone", "tokens", "pretrain", "without_plm", "with_plm", "inference"):
+        assert f"{stage:10} done before" in out
+    assert report_of(options)["models"] == first_day["models"]
+
+
+def test_what_makes_no_sense_is_refused_before_anything_is_read(options, lm_family):
+    other = replace(options, lm=LanguageModelConfig(name=str(lm_family("modernbert"))))
+    with pytest.raises(UserError, match="modernbert reads no prompts; take one of bert"):
+        JOB.run(other)
+    with pytest.raises(UserError, match="no such backbone; did you mean 'dcnv2'"):
+        JOB.run(replace(options, ctr=replace(options.ctr, backbone="dcnv3")))
