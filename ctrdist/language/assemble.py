@@ -74,13 +74,13 @@ class RowTokenizer:
         tokenizer: with the most tokens of a row, special ones included.
         texts: of each field, the texts of its distinct values, as `say` gives them.
         pieces: `_EMPTY`, `_BEFORE`, `_AFTER`, then each field's, those for the start first.
-        clean: of each field, bool [values], whether a value's pieces may be used.
+        clean: bool [pieces], whether a piece may be used.
     """
 
     tokenizer: TextTokenizer
     texts: tuple[pa.Array, ...]
     pieces: Ragged
-    clean: tuple[np.ndarray, ...]
+    clean: np.ndarray
 
     @classmethod
     def of(cls, tokenizer: TextTokenizer, texts: Sequence[pa.Array]) -> "RowTokenizer":
@@ -95,21 +95,20 @@ class RowTokenizer:
         parts = [columnar([[], marked.ids[: words[0]], marked.ids[words[-1] + 1 :]])]
         left = _body(own, [near])[0].ids
         right = _body(own, [f"{near} {near}"])[0].ids[len(left) :]
-        cuts, clean = _cuts_at_spaces(own), []
+        cuts, clean = _cuts_at_spaces(own), [np.ones(_FIRST, bool)]
         for field in texts:
-            fits, between = [np.zeros(0, bool)], []
+            fits, between = [], []
             for at in range(0, len(field), _CHUNK):
                 chunk = field.slice(at, _CHUNK).to_pylist()
                 parts.append(columnar([found.ids for found in _body(own, chunk)]))
                 ids = [found.ids for found in _body(own, [f"{near} {text} {near}" for text in chunk])]
-                fits.append([cuts and _starts_and_ends(one, left, right) for one in ids])
+                fits.append(np.array([cuts and _starts_and_ends(one, left, right) for one in ids]))
                 between.append(columnar([one[len(left) : -len(right)] for one in ids]))
             parts += between
-            clean.append(np.concatenate(fits))
+            clean += fits * 2
+        values = np.concatenate([part.values for part in parts])
         offsets = offsets_of(np.concatenate([np.diff(part.offsets) for part in parts]))
-        return cls(
-            tokenizer, tuple(texts), Ragged(np.concatenate([part.values for part in parts]), offsets), tuple(clean)
-        )
+        return cls(tokenizer, tuple(texts), Ragged(values, offsets), np.concatenate(clean))
 
     def __call__(self, codes: np.ndarray) -> RowTokens:
         """The tokens of n rows, those beyond the most that a row may have cut from its end.
@@ -120,15 +119,13 @@ class RowTokenizer:
         rows, fields = codes.shape
         said = codes >= 0
         later = said & (said.cumsum(1) > 1)
-        sizes = np.array([len(clean) for clean in self.clean], np.int64)
+        sizes = np.array([len(texts) for texts in self.texts], np.int64)
         firsts = _FIRST + 2 * (np.cumsum(sizes) - sizes)
         at = np.tile([_BEFORE, *[_EMPTY] * fields, _AFTER], (rows, 1))
         at[:, 1:-1] = np.where(said, firsts + codes + later * sizes, _EMPTY)
         starts = self.pieces.offsets[at]
         lengths = self.pieces.offsets[at + 1] - starts
-        odd = np.zeros(rows, bool)
-        for clean, column in zip(self.clean, codes.T, strict=True):
-            odd |= ~np.append(clean, True)[column]
+        odd = ~self.clean[at].all(1)
         distinct, which = np.unique(codes[odd], axis=0, return_inverse=True)
         whole = self._whole(distinct)
         held = len(self.pieces.values)
