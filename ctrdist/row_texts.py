@@ -24,6 +24,7 @@ from ctrdist.schema import ITEM_ID, Field, Schema
 
 FREE_TEXT = "text"
 """What the item's free text is called among the fields."""
+_ARRAYS = "items", "ids", "offsets", "clean"
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,11 @@ class RowTexts:
     def save(self, folder: Path) -> None:
         """Write it to a folder."""
         made, about = self.tokenizer, self.tokenizer.tokenizer
-        for number, (texts, clean) in enumerate(zip(made.texts, made.clean, strict=True)):
+        for number, texts in enumerate(made.texts):
             ItemTexts.write_column(folder / f"texts.{number}.arrow", texts)
-            np.save(folder / f"clean.{number}.npy", clean)
-        for name, values in (("items", self.items), ("ids", made.pieces.values), ("offsets", made.pieces.offsets)):
+        for name, values in zip(
+            _ARRAYS, (self.items, made.pieces.values, made.pieces.offsets, made.clean), strict=True
+        ):
             np.save(folder / f"{name}.npy", values)
         described = {"fields": self.fields, "rows": self.rows, "parts": self.parts, "first": self.first}
         described |= {"tokenizer": about.content, "limit": about.limit, "padding": about.padding}
@@ -145,13 +147,13 @@ class RowTexts:
     def load(cls, folder: Path) -> "RowTexts":
         """Map what `save` wrote."""
         about = json.loads((folder / "row_texts.json").read_text())
-        items, ids, offsets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("items", "ids", "offsets"))
+        items, ids, offsets, clean = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
         numbers = range(len(about["fields"]))
         made = RowTokenizer(
             TextTokenizer(about["tokenizer"], about["limit"], about["padding"]),
             tuple(ItemTexts(folder / f"texts.{number}.arrow").column for number in numbers),
             Ragged(ids, offsets),
-            tuple(np.load(folder / f"clean.{number}.npy", mmap_mode="r") for number in numbers),
+            clean,
         )
         return cls(tuple(about["fields"]), about["rows"], tuple(about["parts"]), items, made, about["first"])
 

@@ -31,6 +31,7 @@ def whole():
         "models": evaluated["models"] | {"best": {"auc": 0.7401, "log_loss": 0.41, "auc_cold": None}},
         "gain": metrics.gain(trained, label, weak, strong),
         "groups": evaluated["groups"],
+        "quadrants": metrics.quadrants(trained // 7, trained, (1, 4), label, {"id": weak, "cela": strong}),
         "stages": {
             "id": trained_stage,
             "dap": {
