@@ -45,7 +45,7 @@ from ctrdist.tasks.click import ClickConfig, ClickModel  # noqa: E402
 from ctrdist.tasks.pretrain import PretrainConfig  # noqa: E402
 from ctrdist.tasks.prompted import PromptFinetuneConfig, PromptPretrainConfig  # noqa: E402
 from ctrdist.text_training import LanguageModelConfig  # noqa: E402
-from ctrdist.text_training import pretraining_task as plain_task
+from ctrdist.text_training import pretraining_task as plain_task  # noqa: E402
 
 SCHEMA = Schema(user=(Field("user_id"),), item=(Field("item_id"),), history_length=20)
 

@@ -328,7 +328,7 @@ class Meter:
         if not math.isfinite(means["loss"]):
             raise UserError(
                 f"the loss is {means['loss']} at step {self.progress.step}; lower the learning rate "
-                "(--ctr.lr, --ctr.table-lr, --pretrain.lr, --align.lr, --lm.lora.lr or --m-llm.lr)"
+                "(--ctr.lr, --ctr.table-lr, --pretrain.lr, --align.lr, --finetune.lr, --lm.lora.lr or --m-llm.lr)"
             )
         self.progress.losses.append([self.progress.step, means["loss"]])
         self.progress.seconds += seconds
