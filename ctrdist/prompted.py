@@ -1,16 +1,22 @@
 """What ClickPrompt's stages are made of, in any process: their tasks, and how these are written and read again."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from ctrdist.batch import Batch
 from ctrdist.config import from_dict, to_dict
 from ctrdist.export import load_click_model, save_click_model
+from ctrdist.items import Ragged
+from ctrdist.language.assemble import SPECIAL, RowTokens
 from ctrdist.language.model import LanguageModel
 from ctrdist.language.prompts import PromptConfig, PromptedLanguageModel
+from ctrdist.language.tokens import pad
 from ctrdist.schema import Schema
 from ctrdist.tasks.click import ClickConfig, ClickModel
 from ctrdist.tasks.prompted import (
@@ -84,14 +90,50 @@ def load_scorer(folder: Path, schema: Schema) -> ClickModel | PromptedClick:
     """What scores rows: a click model or, where there is one, a click model with its language model."""
     if not (folder / DESCRIPTION).exists():
         return load_click_model(folder, schema)
+    task = load_prompted(folder, schema)
+    assert isinstance(task, PromptedClick), f"{folder}: pre-trained only"
+    return task
+
+
+def load_prompted(folder: Path, schema: Schema) -> PromptedTask:
+    """What `save_prompted` wrote, to be read from: after fine-tuning it can predict, else it has no head."""
     about = json.loads((folder / DESCRIPTION).read_text())
-    assert about["finetune"], f"{folder}: pre-trained only"
-    config = from_dict(PromptFinetuneConfig(), about["finetune"], str(folder / DESCRIPTION))
     prompts = from_dict(PromptConfig(), about["prompts"], str(folder / DESCRIPTION))
-    reader = PromptedLanguageModel(LanguageModel.load(str(folder / LM)), prompts)
-    task = PromptedClick(load_click_model(folder, schema), reader, config)
+    parts = load_click_model(folder, schema), PromptedLanguageModel(LanguageModel.load(str(folder / LM)), prompts)
+    if about["finetune"]:
+        config = from_dict(PromptFinetuneConfig(), about["finetune"], str(folder / DESCRIPTION))
+        task: PromptedTask = PromptedClick(*parts, config)
+    else:
+        task = PromptedTask(*parts, PromptPretrainConfig())
     _load_own(task, folder)
     return task.eval()
+
+
+@torch.no_grad()
+def attention_by_field(
+    task: PromptedTask, batch: Batch, said: RowTokens, names: Sequence[str]
+) -> dict[str, list[float]]:
+    """How the attention of a field's words, all of them masked, is shared out among the K prompts, at the last layer
+    that has some: by field, the mean over heads, words and rows, divided by its sum (table 7). A decoder's words are
+    not masked.
+
+    Args:
+        batch: with tokens.
+        said: of the same rows, which field each token is of.
+        names: of the fields.
+    """
+    tokens, mask_id = batch.tokens, task.reader.language_model.tokenizer.mask_token_id
+    fields = Ragged(said.fields.astype(np.int32), said.tokens.offsets)
+    of = pad(fields, tokens.items.tolist(), SPECIAL).input_ids.to(tokens.items.device)
+    prompts, found = task.prompts(task.click.represent(batch)[0], tokens), {}
+    for number, name in enumerate(names):
+        own = of == number
+        if own.any():
+            ids = tokens.input_ids if mask_id is None else tokens.input_ids.masked_fill(own, mask_id)
+            weights = task.reader.attention_on_prompts(ids, tokens.attention_mask, prompts)[:, -1]
+            shares = weights.mean(1)[own].double().mean(0)
+            found[name] = (shares / shares.sum()).tolist()
+    return found
 
 
 def _reader(

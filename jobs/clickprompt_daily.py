@@ -24,7 +24,7 @@ from raycluster.stages.click import train_click
 from raycluster.stages.clickprompt import Prompted, finetune, pretrain, pretraining_due, tokens
 from raycluster.stages.evaluate import evaluate
 from raycluster.stages.read import read_log
-from raycluster.stages.tail import inference_times, quadrants
+from raycluster.stages.tail import inference_times, prompt_attention, quadrants
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ def clickprompt(day: Day, options: ClickPromptOptions) -> dict:
         result["models"][name]["batch_ms"] = milliseconds
     report = reporting.assemble(day, read, result, days=days)
     report["quadrants"] = quadrants(day, read, list(outputs))
+    if pretrained:
+        report["attention"] = prompt_attention(day, read, said, pretrained)
     facts = {
         "meaning": options.meaning(),
         "pretrained": str(day.date) if due else day.previous.facts["pretrained"],

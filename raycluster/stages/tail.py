@@ -1,4 +1,5 @@
-"""What a report says of users and items with few rows, and of what a prediction costs (ClickPrompt, tables 6 and 8)."""
+"""What ClickPrompt's report says of the long tail, of attention on prompts, and of what a prediction costs (tables 6 to
+8)."""
 
 import time
 from statistics import median
@@ -14,7 +15,7 @@ from ctrdist import metrics
 from ctrdist.encode import ITEM
 from ctrdist.epoch import plan_pass
 from ctrdist.log import RowGroup
-from ctrdist.prompted import load_scorer
+from ctrdist.prompted import attention_by_field, load_prompted, load_scorer
 from ctrdist.schema import LABEL, USER_ID
 from ctrdist.storage import Manifest, filesystem, fingerprint
 from raycluster.cluster import in_parallel
@@ -60,6 +61,25 @@ def _users(data: str, group: RowGroup) -> pa.Table:
     return pa.table({"values": found.field("values"), "counts": found.field("counts")})
 
 
+def _some_rows(day: Day, read: Read, said: Manifest) -> tuple[LogReader, pa.Table]:
+    """The first test rows, encoded, and what has read them."""
+    reader = LogReader(day.options.data, day.state.uri, read.output.name, tokens=said.name)
+    first = plan_pass(read.groups(day.window.test)[:1])[0]
+    return reader, reader.read(first).slice(0, ROWS)
+
+
+def prompt_attention(day: Day, read: Read, said: Manifest, pretrained: Manifest) -> dict[str, list[float]]:
+    """`attention_by_field` of the pre-trained models on 128 test rows.
+
+    Args:
+        said: output of `stages.clickprompt.tokens`.
+        pretrained: output of `stages.clickprompt.pretrain`.
+    """
+    reader, rows = _some_rows(day, read, said)
+    texts, task = reader.row_texts(), load_prompted(day.state.local(pretrained.name), reader.open()[0])
+    return attention_by_field(task, encoded_batch(reader, None, rows), texts.tokens_by_field(rows), texts.fields)
+
+
 def inference_times(day: Day, read: Read, said: Manifest, models: dict[str, Manifest]) -> Manifest:
     """Milliseconds that each model takes to score a batch of 128 test rows, in this process: fact `batch_ms`.
 
@@ -70,10 +90,9 @@ def inference_times(day: Day, read: Read, said: Manifest, models: dict[str, Mani
     inputs = fingerprint(read.identity, said.identity, {name: model.identity for name, model in models.items()})
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
-        reader = LogReader(day.options.data, day.state.uri, read.output.name, tokens=said.name)
-        first = plan_pass(read.groups(day.window.test)[:1])[0]
+        reader, rows = _some_rows(day, read, said)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        batch = encoded_batch(reader, None, reader.read(first).slice(0, ROWS)).to(device)
+        batch = encoded_batch(reader, None, rows).to(device)
         loaded = {n: load_scorer(day.state.local(m.name), reader.open()[0]).to(device) for n, m in models.items()}
         took: dict[str, list[float]] = {name: [] for name in loaded}
         with torch.inference_mode():

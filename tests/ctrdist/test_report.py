@@ -32,6 +32,7 @@ def whole():
         "gain": metrics.gain(trained, label, weak, strong),
         "groups": evaluated["groups"],
         "quadrants": metrics.quadrants(trained // 7, trained, (1, 4), label, {"id": weak, "cela": strong}),
+        "attention": {"user_id": [0.2, 0.5, 0.3], "text": [1.0, 0.0, 0.0]},
         "stages": {
             "id": trained_stage,
             "dap": {

@@ -95,6 +95,12 @@ def test_quadrants_are_counted_from_the_training_rows(first_day, options):
     assert set(first_day["quadrants"][-1]["auc"]) == set(MODELS)
 
 
+def test_attention_on_prompts_is_told_by_field(first_day, options):
+    assert list(first_day["attention"]) == ["user_id", "item_id", "genres", "text"]
+    for shares in first_day["attention"].values():
+        assert len(shares) == 2 and sum(shares) == pytest.approx(1)
+
+
 def test_what_is_released_is_the_plain_backbone(first_day, options):
     import mlflow
 

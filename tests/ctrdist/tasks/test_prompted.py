@@ -17,13 +17,23 @@ from ctrdist.batch import Batch, Lookup, join_items
 from ctrdist.errors import UserError
 from ctrdist.export import DESCRIPTION, WEIGHTS, load_click_model, save_click_model
 from ctrdist.group import Group
+from ctrdist.items import Ragged, offsets_of
+from ctrdist.language.assemble import RowTokens
 from ctrdist.language.lora import LoraConfig
 from ctrdist.language.masking import mask_tokens, next_tokens
 from ctrdist.language.model import LanguageModel
 from ctrdist.language.prompts import PromptConfig
 from ctrdist.language.tokens import TokenBatch, tokenize
 from ctrdist.loop import LoopConfig, fit, make_optimizer
-from ctrdist.prompted import finetuning_task, load_scorer, pretraining_task, rates, save_prompted
+from ctrdist.prompted import (
+    attention_by_field,
+    finetuning_task,
+    load_prompted,
+    load_scorer,
+    pretraining_task,
+    rates,
+    save_prompted,
+)
 from ctrdist.schema import Field, Schema
 from ctrdist.tasks.click import ClickConfig, ClickModel
 from ctrdist.tasks.prompted import PromptedClick, PromptFinetuneConfig, PromptPretrainConfig, PromptPretraining
@@ -334,6 +344,27 @@ def test_what_is_saved_goes_on_and_scores_alike(tiny_lm: Path, tmp_path: Path):
     assert isinstance(loaded, PromptedClick)
     with torch.no_grad():
         assert torch.equal(loaded.predict(batch), tuned.predict(batch))
+
+
+def test_attention_of_a_fields_masked_words(tiny_lm: Path, tmp_path: Path):
+    """The first word of each text is of field 1, the others of field 0."""
+    task, batch = pretraining(tiny_lm), batch_of(tiny_lm, 6)
+    save_prompted(task, tmp_path)
+    tokens, loaded = batch.tokens, load_prompted(tmp_path, SCHEMA)
+    lengths = np.array(tokens.lengths)
+    values = tokens.input_ids.numpy()[np.arange(tokens.input_ids.shape[1]) < lengths[:, None]]
+    fields = np.concatenate([[-1, 1, *[0] * (length - 3), -1] for length in lengths]).astype(np.int16)
+    said = RowTokens(Ragged(values, offsets_of(lengths)), fields)
+    found = attention_by_field(loaded, batch, said, ("rest", "first", "never"))
+    assert set(found) == {"rest", "first"} and sum(found["rest"]) == pytest.approx(1)
+    total = torch.zeros(2)
+    for row in range(6):
+        ids = tokens.input_ids[row : row + 1, : lengths[row]].clone()
+        ids[0, 1] = task.vocabulary.mask_id
+        prompts = prompts_of(task.eval(), batch)[row : row + 1]
+        with torch.no_grad():
+            total += task.reader.attention_on_prompts(ids, torch.ones_like(ids), prompts)[0, -1, :, 1].mean(0)
+    np.testing.assert_allclose(found["first"], total / total.sum(), rtol=1e-4)
 
 
 def test_without_the_language_model_it_is_the_plain_backbone(tiny_lm: Path, tmp_path: Path):
