@@ -16,7 +16,7 @@ from ctrdist.encode import ITEM
 from ctrdist.epoch import plan_pass
 from ctrdist.log import RowGroup
 from ctrdist.prompted import attention_by_field, load_prompted, load_scorer
-from ctrdist.schema import LABEL, USER_ID
+from ctrdist.schema import LABEL, SPLIT, USER_ID
 from ctrdist.storage import Manifest, filesystem, fingerprint
 from raycluster.cluster import in_parallel
 from raycluster.day import Day
@@ -53,8 +53,12 @@ def _user_counts(day: Day) -> tuple[pa.Array, np.ndarray]:
 
 def _users(data: str, group: RowGroup) -> pa.Table:
     filesystem_, _ = filesystem(data)
+    columns = [USER_ID, SPLIT] if group.split else [USER_ID]
     with filesystem_.open_input_file(group.path) as stream:
-        column = pq.ParquetFile(stream).read_row_group(group.index, columns=[USER_ID])[USER_ID]
+        rows = pq.ParquetFile(stream).read_row_group(group.index, columns=columns)
+    if group.split:
+        rows = rows.filter(pc.equal(rows[SPLIT].cast(pa.string()), group.split))
+    column = rows[USER_ID]
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     found = pc.value_counts(column.cast(pa.large_string()).drop_null())

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from ctrdist.language.prompts import PromptConfig
 from ctrdist.log import log_columns
 from ctrdist.prompted import load_scorer
 from ctrdist.row_texts import RowTextConfig
-from ctrdist.schema import Schema
+from ctrdist.schema import Field, Schema
 from ctrdist.storage import State
 from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.prompted import PromptedClick, PromptFinetuneConfig, PromptPretrainConfig
@@ -136,6 +137,51 @@ def test_a_run_cut_off_goes_on_and_ends_alike(first_day, options, capsys):
     for stage in ("backbone", "tokens", "pretrain", "without_plm", "with_plm", "inference"):
         assert f"{stage:10} done before" in out
     assert report_of(options)["models"] == first_day["models"]
+
+
+@pytest.mark.parametrize("case", ["first", "goes on", "week", "other", "without"])
+def test_what_is_trained_from_what(case: str, options, monkeypatch):
+    """The stages as the job calls them, in place of the stages themselves."""
+    called = {}
+
+    def stage(name: str):
+        def call(*arguments, **rest):
+            called[arguments[1] if name == "train_click" else name] = (arguments, rest)
+            facts = {"batch_ms": {}}
+            return SimpleNamespace(name=arguments[1] if name == "train_click" else name, facts=facts)
+
+        return call
+
+    for name in ("tokens", "pretrain", "finetune", "train_click", "inference_times"):
+        monkeypatch.setattr(JOB, name, stage(name))
+    monkeypatch.setattr(JOB, "read_log", lambda *_, **rest: SimpleNamespace(train=("new",), output=None, **rest))
+    monkeypatch.setattr(JOB, "evaluate", lambda *_, **__: {"models": {}})
+    monkeypatch.setattr(JOB, "quadrants", lambda *_: [])
+    monkeypatch.setattr(JOB, "prompt_attention", lambda *_: {})
+    monkeypatch.setattr(JOB.reporting, "assemble", lambda *_, **__: {})
+    monkeypatch.setattr(JOB.registry, "release", stage("release"))
+    if case == "without":
+        options = replace(options, pretrain=replace(options.pretrain, epochs=0))
+    before = {"meaning": "other" if case == "other" else options.meaning(), "pretrained": "2024-01-01"}
+    today = date(2024, 1, 8) if case == "week" else date(2024, 1, 7)
+    day = SimpleNamespace(
+        previous=None if case == "first" else SimpleNamespace(facts=before), date=today,
+        schema=Schema(user=(), item=(Field("item_id"),), text=("{title}",)),
+        window=SimpleNamespace(train=("old", "new")), earlier=lambda part: f"earlier {part}",
+    )  # fmt: skip
+    JOB.clickprompt(day, options)
+    alone, together = called["without_plm"][1], called["finetune"]
+    facts = called["release"][0][4]
+    assert called["backbone"][1]["start"] == "earlier backbone" and facts["meaning"] == options.meaning()
+    if case in ("goes on", "without"):
+        assert "pretrain" not in called and facts["pretrained"] == "2024-01-01"
+        assert (alone["start"], alone["days"], alone["warm"]) == ("earlier clickprompt", ("new",), True)
+        assert together[0][5:7] == ("earlier with_plm", ("new",)) and together[1]["warm"]
+    else:
+        assert called["pretrain"][0][5] == ("old", "new") and facts["pretrained"] == str(today)
+        assert (alone["start"].name, alone["days"], alone["warm"]) == ("pretrain", ("old", "new"), False)
+        assert together[0][5].name == "pretrain" and together[0][6] == ("old", "new") and not together[1]["warm"]
+    assert list(called["release"][0][2]) == ["clickprompt"]
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_read(options, lm_family):
