@@ -22,9 +22,9 @@ from raycluster import cli, registry, reporting
 from raycluster.day import Day, DayOptions, run_day
 from raycluster.stages.click import train_click
 from raycluster.stages.clickprompt import Prompted, finetune, pretrain, pretraining_due, tokens
+from raycluster.stages.clickprompt_report import inference_times, prompt_attention, quadrants
 from raycluster.stages.evaluate import evaluate
 from raycluster.stages.read import read_log
-from raycluster.stages.tail import inference_times, prompt_attention, quadrants
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ctrdist import metrics
 from ctrdist.beside import PROBABILITY
 from ctrdist.encode import ITEM
 from ctrdist.epoch import plan_pass
-from ctrdist.prompted import load_scorer
+from ctrdist.export import load_click_model
 from ctrdist.schema import LABEL, USER_ID
 from ctrdist.storage import Manifest, State, fingerprint
 from raycluster import ingest
@@ -65,8 +65,11 @@ class Scorer:
         torch.set_num_threads(threads)
         self.reader, self.beside, self.device, state = reader, beside, device, State(reader.state)
         schema, _, _ = reader.open()
+        load = load_click_model
+        if reader.tokens:  # models that read none do without transformers, which take seconds to load
+            from ctrdist.prompted import load_scorer as load
         self.models = {
-            name: (load_scorer(state.local(output) / folder, schema).to(device), text)
+            name: (load(state.local(output) / folder, schema).to(device), text)
             for name, (output, text, folder) in models.items()
         }
 
