@@ -97,7 +97,8 @@ def test_quadrants_are_counted_from_the_training_rows(first_day, options):
 
 
 def test_attention_on_prompts_is_told_by_field(first_day, options):
-    assert list(first_day["attention"]) == ["user_id", "item_id", "genres", "text"]
+    schema = Schema.load(Path(options.data) / "schema.yaml")
+    assert list(first_day["attention"]) == [field.name for field in schema.row_fields + schema.item] + ["text"]
     for shares in first_day["attention"].values():
         assert len(shares) == 2 and sum(shares) == pytest.approx(1)
 
