@@ -43,7 +43,8 @@ from ctrdist.schema import Field, Schema  # noqa: E402
 from ctrdist.tasks import Task  # noqa: E402
 from ctrdist.tasks.click import ClickConfig, ClickModel  # noqa: E402
 from ctrdist.tasks.pretrain import PretrainConfig  # noqa: E402
-from ctrdist.tasks.prompted import PromptFinetuneConfig, PromptPretrainConfig  # noqa: E402
+from ctrdist.tasks.prompted import PromptPretrainConfig  # noqa: E402
+from ctrdist.tasks.prompted_click import PromptFinetuneConfig  # noqa: E402
 from ctrdist.text_training import LanguageModelConfig  # noqa: E402
 from ctrdist.text_training import pretraining_task as plain_task  # noqa: E402
 
@@ -69,11 +70,11 @@ class Options:
     """
 
     lm: str = DEFAULT
-    rows: int = 256
+    rows: int = 128
     length: int = 48
     users: int = 100_000
     items: int = 100_000
-    steps: int = 9
+    steps: int = 7
     ctr: ClickConfig = field(default_factory=lambda: ClickConfig(backbone="dcnv2"))
     prompts: PromptConfig = field(default_factory=PromptConfig)
     precision: Precision = "auto"

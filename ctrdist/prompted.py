@@ -19,14 +19,8 @@ from ctrdist.language.prompts import PromptConfig, PromptedLanguageModel
 from ctrdist.language.tokens import pad
 from ctrdist.schema import Schema
 from ctrdist.tasks.click import ClickConfig, ClickModel
-from ctrdist.tasks.prompted import (
-    PromptedClick,
-    PromptedConfig,
-    PromptedTask,
-    PromptFinetuneConfig,
-    PromptPretrainConfig,
-    PromptPretraining,
-)
+from ctrdist.tasks.prompted import PromptedConfig, PromptedTask, PromptPretrainConfig, PromptPretraining
+from ctrdist.tasks.prompted_click import PromptedClick, PromptFinetuneConfig
 from ctrdist.text_training import LanguageModelConfig
 
 LM, WEIGHTS, DESCRIPTION = "lm", "prompted.safetensors", "prompted.json"

@@ -16,7 +16,8 @@ from ctrdist.language.prompts import PromptConfig, check_prompts
 from ctrdist.row_texts import RowTextConfig
 from ctrdist.storage import fingerprint
 from ctrdist.tasks.click import ClickConfig
-from ctrdist.tasks.prompted import PromptFinetuneConfig, PromptPretrainConfig
+from ctrdist.tasks.prompted import PromptPretrainConfig
+from ctrdist.tasks.prompted_click import PromptFinetuneConfig
 from ctrdist.text_training import LanguageModelConfig
 from raycluster import cli, registry, reporting
 from raycluster.day import Day, DayOptions, run_day

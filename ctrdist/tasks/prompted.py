@@ -12,18 +12,16 @@ from ctrdist.batch import Batch
 from ctrdist.errors import UserError
 from ctrdist.group import Group
 from ctrdist.language.masking import MaskVocabulary, mask_tokens, next_tokens
-from ctrdist.language.parts import BUCKETS, in_parts
+from ctrdist.language.parts import in_parts
 from ctrdist.language.prompts import PromptedLanguageModel, PromptWriter
 from ctrdist.language.tokens import TokenBatch
-from ctrdist.losses import binary_cross_entropy, global_mean, language_model_total
+from ctrdist.losses import global_mean, language_model_total
 from ctrdist.optim import Schedule, split_decay
 from ctrdist.tasks import Task
 from ctrdist.tasks.click import ClickModel
 
 ADAMW_LR = 1e-3
 """The rate that PyTorch's AdamW gives to a group that names none."""
-PREDICTED = 256
-"""Most texts that are read at a time where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -97,35 +95,6 @@ class PromptPretrainConfig(PromptedConfig):
             raise UserError(f"pretrain.epochs: {self.epochs} is under 0; 0 leaves pre-training out")
 
 
-@dataclass(frozen=True)
-class PromptFinetuneConfig(PromptedConfig):
-    """Fine-tuning with the language model.
-
-    Args:
-        epochs: passes over the training days.
-        warm_epochs: the same, for a day that starts from the day before.
-        patience: stop after this many epochs without a better validation AUC, and keep the best epoch's weights; 0
-            trains to the end and keeps the last ones.
-        combine: how the two logits become one. `alpha`: α ctr + (1 - α) lm, α learnt from 0.5 on (the paper); `sum`:
-            ctr + lm (the default of the authors' code).
-        prompts: whether the language model reads prompts; without them only the logits meet (table 5's "w/o Prompt").
-    """
-
-    lm_lr: float = 1e-5
-    warm_epochs: int = 1
-    patience: int = 0
-    combine: Literal["alpha", "sum"] = "alpha"
-    prompts: bool = True
-
-    group = "finetune"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("epochs", "warm_epochs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"finetune.{name}: {getattr(self, name)} is under 1")
-
-
 class PromptedTask(Task):
     """A CTR model, the writer of its prompts, and the language model that reads them. Nothing else connects the two.
 
@@ -137,6 +106,9 @@ class PromptedTask(Task):
         reader: the language model.
         config: options. A language model with rate 0 is frozen, and has no dropout either.
     """
+
+    drawn_lr: float | None = None
+    """Learning rate of what the language model's checkpoint lacked; that of the others if None."""
 
     def __init__(self, click: ClickModel, reader: PromptedLanguageModel, config: PromptedConfig) -> None:
         super().__init__()
@@ -164,8 +136,7 @@ class PromptedTask(Task):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """CTR network, writer and new layers, and the language model, unless it is frozen."""
         config, model = self.config, self.reader.language_model
-        drawn_lr = getattr(config, "head_lr", None)
-        read = model.parameter_groups(config.lm_lr, config.weight_decay, drawn_lr)
+        read = model.parameter_groups(config.lm_lr, config.weight_decay, self.drawn_lr)
         if not config.lm_lr:  # adapters would have a rate of their own
             drawn = {p for name, p in model.model.named_parameters() if name in model.drawn}
             read = [group for group in read if set(group["params"]) <= drawn]
@@ -202,6 +173,7 @@ class PromptPretraining(PromptedTask):
     ) -> None:
         super().__init__(click, reader, config)
         assert reader.language_model.has_head, "load with head=True"
+        self.drawn_lr = config.head_lr
         self.seed, self.masks = seed, not reader.language_model.is_decoder
         self.vocabulary = MaskVocabulary.of(reader.language_model.tokenizer) if self.masks else None
 
@@ -243,65 +215,3 @@ class PromptPretraining(PromptedTask):
             group | {"params": [p for p in group["params"] if p not in head]} for group in super().parameter_groups()
         ]
         return [group for group in groups if group["params"]]
-
-
-class PromptedClick(PromptedTask):
-    """Clicks by both models, which meet in the prompts (section 3.5.2).
-
-        p = sigmoid(α z_ctr + (1 - α) z_lm),  z_lm = w . pool(states of the text, read with the prompts) + b   (eq. 9)
-
-    The CTR tower computes once: z_ctr and the prompts come from one representation.
-
-    Args:
-        click: see `PromptedTask`.
-        reader: pools by its own pooling.
-        config: options.
-    """
-
-    config: PromptFinetuneConfig
-
-    def __init__(self, click: ClickModel, reader: PromptedLanguageModel, config: PromptFinetuneConfig) -> None:
-        super().__init__(click, reader, config)
-        self.output = nn.Linear(reader.language_model.width, 1)
-        if config.combine == "alpha":
-            self.alpha = nn.Parameter(torch.tensor(0.5))
-        if not config.prompts:
-            self.writer = None
-
-    def logits(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits [B], and the network's auxiliary losses by name."""
-        representation, direct, auxiliary = self.click.represent(batch)
-        own = self.click.backbone.head(representation) + direct
-        its = self.text_logits(batch.tokens, representation)
-        if self.config.combine == "sum":
-            return own + its, auxiliary
-        return self.alpha * own + (1 - self.alpha) * its, auxiliary
-
-    def text_logits(self, tokens: TokenBatch, representation: Tensor) -> Tensor:
-        """z_lm [B] of B texts and representations [B, H]."""
-        if torch.is_grad_enabled():
-            parts = in_parts(partial(self._pooled, representation), tokens, self.config.chunk)
-        else:
-            buckets = tokens.buckets(max(BUCKETS, -(-len(tokens) // PREDICTED)))
-            parts = [(part, self._pooled(representation, part)) for part in buckets]
-        found = self.output(torch.cat([pooled for _, pooled in parts])).squeeze(1)
-        if parts[0][0].places is None:
-            return found
-        return torch.empty_like(found).index_copy(0, torch.cat([part.places for part, _ in parts]), found)
-
-    def _pooled(self, representation: Tensor, part: TokenBatch) -> Tensor:
-        if self.writer is None:
-            return self.reader.language_model(part.input_ids, part.attention_mask)
-        return self.reader(part.input_ids, part.attention_mask, self.prompts(representation, part))
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss`, `alpha` if it is learnt, and with auxiliary losses these and `click`, the loss without them."""
-        logits, auxiliary = self.logits(batch)
-        click = binary_cross_entropy(logits, batch.label, self.group)
-        losses = {"click": click.detach(), **auxiliary} if auxiliary else {}
-        if self.config.combine == "alpha":
-            losses["alpha"] = self.alpha.detach().clone()
-        return {"loss": click + sum(auxiliary.values()), **losses}
-
-    def predict(self, batch: Batch) -> Tensor:
-        return torch.sigmoid(self.logits(batch)[0].float())

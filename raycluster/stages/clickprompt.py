@@ -19,7 +19,8 @@ from ctrdist.prompted import finetuning_task, pretraining_task, rates, save_prom
 from ctrdist.row_texts import RowTextConfig, RowTexts, distinct
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.click import ClickConfig, ClickModel, table_sizes
-from ctrdist.tasks.prompted import PromptedClick, PromptFinetuneConfig, PromptPretrainConfig, PromptPretraining
+from ctrdist.tasks.prompted import PromptPretrainConfig, PromptPretraining
+from ctrdist.tasks.prompted_click import PromptedClick, PromptFinetuneConfig
 from ctrdist.text_training import LanguageModelConfig
 from raycluster.cluster import in_parallel
 from raycluster.day import Day, say

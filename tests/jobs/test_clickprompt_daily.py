@@ -22,7 +22,8 @@ from ctrdist.row_texts import RowTextConfig
 from ctrdist.schema import Field, Schema
 from ctrdist.storage import State
 from ctrdist.tasks.click import ClickConfig
-from ctrdist.tasks.prompted import PromptedClick, PromptFinetuneConfig, PromptPretrainConfig
+from ctrdist.tasks.prompted import PromptPretrainConfig
+from ctrdist.tasks.prompted_click import PromptedClick, PromptFinetuneConfig
 from ctrdist.text_training import LanguageModelConfig
 from jobs import clickprompt_daily as JOB
 

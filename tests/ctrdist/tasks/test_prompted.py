@@ -36,7 +36,8 @@ from ctrdist.prompted import (
 )
 from ctrdist.schema import Field, Schema
 from ctrdist.tasks.click import ClickConfig, ClickModel
-from ctrdist.tasks.prompted import PromptedClick, PromptFinetuneConfig, PromptPretrainConfig, PromptPretraining
+from ctrdist.tasks.prompted import PromptPretrainConfig, PromptPretraining
+from ctrdist.tasks.prompted_click import PromptedClick, PromptFinetuneConfig
 from ctrdist.text_training import LanguageModelConfig
 from tests.conftest import WORDS
 
@@ -136,6 +137,21 @@ def test_gradient_reaches_tables_network_writer_and_language_model_but_not_the_h
     before = {name: table.weight.clone() for name, table in task.click.tables.items()}
     fit(task, lambda first: iter([batch]), LoopConfig(1))
     assert all(not torch.equal(table.weight, before[name]) for name, table in task.click.tables.items())
+
+
+@pytest.mark.parametrize("make", [pretraining, finetuning])
+def test_gradients_in_parts_are_those_of_the_whole(make: Any, tiny_lm: Path):
+    found, batch = [], batch_of(tiny_lm, 11)
+    for chunk in (0, 4):
+        task = make(tiny_lm, chunk=chunk).double()
+        make_optimizer(task)
+        torch.manual_seed(5)
+        task(batch)["loss"].backward()
+        found.append({name: p.grad for name, p in task.named_parameters() if p.grad is not None})
+        found[-1] |= {name: leaf.grad for name, leaf in leaves(task).items()}
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-8, atol=1e-11, msg=name)
 
 
 @pytest.mark.parametrize("backbone", ["fm", "deepfm", "fignn", "dien", "autoint"])
