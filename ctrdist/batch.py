@@ -1,6 +1,7 @@
 """One typed batch of tensors, with the item side joined."""
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -8,10 +9,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ctrdist.encode import FILLER, ITEM, TEXT_ROW, VECTOR, list_parts
+from ctrdist.encode import FILLER, ITEM, TEXT_ROW, VECTOR, list_parts, vectors_of
 from ctrdist.items import Catalog, Ragged
+from ctrdist.language.tokens import TokenBatch, pad
 from ctrdist.schema import HISTORY, LABEL, MULTI, Schema
 from ctrdist.vocabulary import FIRST_ROW, PADDING, UNKNOWN
+
+if TYPE_CHECKING:
+    from ctrdist.row_texts import RowTexts
 
 
 @dataclass
@@ -64,6 +69,7 @@ class Batch:
         history: int64 [B, T] into `items`, oldest first, 0 (padding) at the end; T is 0 without histories.
         text: float [U, dim], the items' rows of the text table, zeros at padding; None for a model without text.
         vector: float [B, width], what a language model made of each row (`ctrdist.beside`); None without one.
+        tokens: of B texts, what is said of each row (`ctrdist.row_texts`); None without any.
     """
 
     label: Tensor
@@ -74,6 +80,7 @@ class Batch:
     history: Tensor
     text: Tensor | None = None
     vector: Tensor | None = None
+    tokens: TokenBatch | None = None
 
     def __len__(self) -> int:
         return len(self.label)
@@ -90,6 +97,7 @@ class Batch:
             history=self.history[:0],
             text=None if self.text is None else self.text[:1],
             vector=None if self.vector is None else self.vector[:0],
+            tokens=None if self.tokens is None else self.tokens.empty(),
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -98,6 +106,8 @@ class Batch:
         def move(value):
             if isinstance(value, Tensor):
                 return value.to(device, non_blocking=True)
+            if isinstance(value, TokenBatch):
+                return value.to(device)
             if isinstance(value, Lookup):
                 return Lookup(*map(move, (value.rows, value.index, value.offsets, value.factors)))
             if isinstance(value, dict):
@@ -107,12 +117,19 @@ class Batch:
         return replace(self, **{name: move(value) for name, value in self.__dict__.items()})
 
 
-def collate(table: pa.Table, schema: Schema, catalog: Catalog, text_table: np.ndarray | None = None) -> Batch:
+def collate(
+    table: pa.Table,
+    schema: Schema,
+    catalog: Catalog,
+    text_table: np.ndarray | None = None,
+    row_texts: "RowTexts | None" = None,
+) -> Batch:
     """Encoded rows (`ctrdist.encode.encode`) as a Batch; fillers are dropped, so it may be empty.
 
     Args:
         text_table: float [catalog rows, dim], may be memory-mapped; only the rows of the batch's items are read. Where
             rows have texts of their own, `beside.text`, it is by their number, and gives `Batch.vector`.
+        row_texts: gives `Batch.tokens` of rows with `beside.said`.
     """
     own_texts = TEXT_ROW in table.column_names
     filler = table[FILLER].to_numpy()
@@ -141,12 +158,10 @@ def collate(table: pa.Table, schema: Schema, catalog: Catalog, text_table: np.nd
         batch.vector = torch.from_numpy(np.array(text_table[table[TEXT_ROW].to_numpy()], dtype=np.float32))
     if VECTOR in table.column_names:
         batch.vector = torch.from_numpy(vectors_of(table[VECTOR]).astype(np.float32))
+    if row_texts is not None:
+        tokens, numbers = row_texts.tokens(table)
+        batch.tokens = pad(tokens, numbers, row_texts.padding)
     return batch
-
-
-def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of fixed-size lists, none of them null, as an array [n, width]."""
-    return column.combine_chunks().flatten().to_numpy().reshape(-1, column.type.list_size)
 
 
 def join_items(

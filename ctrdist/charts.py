@@ -138,6 +138,29 @@ def curve(points: list[list[float]], x: str, y: str, series: int = 0) -> Markup:
     return _svg(figure, f"{y} by {x}")
 
 
+def shares(rows: dict[str, list[float]], x: str) -> Markup:
+    """Shares as a table of cells, the darker the larger: a row for each name, a column for each number.
+
+    Args:
+        rows: by name, as many numbers of 0 or more each.
+        x: what the columns are.
+    """
+    columns = len(next(iter(rows.values())))
+    figure, axes = _axes(1.6 + 0.8 * columns, 0.9 + 0.32 * len(rows))
+    axes.grid(visible=False)
+    top = max(max(values) for values in rows.values()) or 1
+    for line, values in enumerate(rows.values()):
+        for column, value in enumerate(values):
+            axes.barh(line, 0.94, left=column + 0.53, height=0.86, color=_SERIES[1], alpha=0.75 * value / top)
+            axes.text(column + 1, line, f"{value:.2f}", ha="center", va="center", fontsize=9, color=_INK)
+    axes.set_xlim(0.5, columns + 0.5)
+    axes.set_xticks(range(1, columns + 1))
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    _label(axes, x, "")
+    return _svg(figure, f"Shares of each {x}, by row")
+
+
 def short(value: float, _position: int | None = None) -> str:
     """A count as a person says it: 950, 12k, 3.4M, 1.2B."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -14,6 +14,8 @@ VECTOR = "beside.vector"
 """Column with what a language model made of each row (`ctrdist.beside`)."""
 TEXT_ROW = "beside.text"
 """Column with the number of each row's text (`ctrdist.interactions`)."""
+SAID = "beside.said"
+"""Column with the numbers of what is said of each row's fields (`ctrdist.row_texts`)."""
 
 
 def encode(
@@ -24,8 +26,8 @@ def encode(
     Returns:
         Columns `label` (float32), `item` (int32 catalog row), `history` (fixed-size list of int32 catalog rows, oldest
         first, padding at the end), each user and context field (int32 row, a list of them, or a float32 number, NaN if
-        missing), `filler` (bool, false), `beside.vector` or `beside.text` if the rows have one, and each column named
-        in `keep` as it is, under the name `raw.` and its own.
+        missing), `filler` (bool, false), `beside.vector`, `beside.text` or `beside.said` if the rows have one, and each
+        column named in `keep` as it is, under the name `raw.` and its own.
     """
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
         LABEL: table[LABEL].cast(pa.float32()),
@@ -42,7 +44,7 @@ def encode(
     if schema.history_length:
         rows = recent_rows(table[HISTORY].combine_chunks(), catalog, schema.history_length)
         columns[HISTORY] = pa.FixedSizeListArray.from_arrays(rows.ravel(), schema.history_length)
-    columns |= {name: table[name] for name in (VECTOR, TEXT_ROW) if name in table.column_names}
+    columns |= {name: table[name] for name in (VECTOR, TEXT_ROW, SAID) if name in table.column_names}
     return pa.table(columns | {f"raw.{name}": _one_type(table[name]) for name in keep})
 
 
@@ -63,6 +65,11 @@ def list_parts(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
         lists = lists.cast(pa.list_(pa.null()))
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), pc.list_flatten(lists)
+
+
+def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of fixed-size lists, none of them null, as an array [n, width]."""
+    return column.combine_chunks().flatten().to_numpy().reshape(-1, column.type.list_size)
 
 
 def recent_rows(histories: pa.Array, catalog: Catalog, length: int) -> np.ndarray:
@@ -101,10 +108,10 @@ def fillers(schema: Schema, count: int, like: pa.Schema | None = None) -> pa.Tab
             np.zeros(count * schema.history_length, np.int32), schema.history_length
         )
     beside = like.names if like else []
-    if VECTOR in beside:
-        type_ = like.field(VECTOR).type
+    for name in (name for name in (VECTOR, SAID) if name in beside):
+        type_ = like.field(name).type
         zeros = pa.array(np.zeros(count * type_.list_size, type_.value_type.to_pandas_dtype()))
-        columns[VECTOR] = pa.FixedSizeListArray.from_arrays(zeros, type=type_)
+        columns[name] = pa.FixedSizeListArray.from_arrays(zeros, type=type_)
     if TEXT_ROW in beside:
         columns[TEXT_ROW] = pa.array(np.zeros(count, np.int64))
     return pa.table(columns)

@@ -114,6 +114,9 @@ def fit(
             batch = next(batches).to(device)
         torch.manual_seed(hash((config.seed, progress.step, group.rank)) & 0x7FFFFFFF)
         factor = learning_rate(config.schedule, config.warmup, progress.step, total)
+        for parameters in optimizer.param_groups:  # some have a course of their own
+            own = parameters.get("schedule", config.schedule), parameters.get("warmup", config.warmup)
+            parameters["lr"] = parameters["initial_lr"] * learning_rate(*own, progress.step, total)
         with autocast:
             losses = model(batch)
         update(losses["loss"], optimizer, tables, group, factor, config.clip_norm)
@@ -153,12 +156,11 @@ def update(
     """What follows the forward pass in a step of training: gradients, and the updates of network and tables.
 
     Args:
-        factor: on every learning rate.
+        optimizer: of the network, whose groups have the step's learning rates.
+        factor: on the tables' learning rates.
         clip_norm: largest norm of the dense gradients; 0 for no limit.
     """
     loss.backward()
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = parameters["initial_lr"] * factor
     if clip_norm:
         nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip_norm)
     optimizer.step()
@@ -326,7 +328,7 @@ class Meter:
         if not math.isfinite(means["loss"]):
             raise UserError(
                 f"the loss is {means['loss']} at step {self.progress.step}; lower the learning rate "
-                "(--ctr.lr, --ctr.table-lr, --pretrain.lr, --align.lr, --lm.lora.lr or --m-llm.lr)"
+                "(--ctr.lr, --ctr.table-lr, --pretrain.lr, --align.lr, --finetune.lr, --lm.lora.lr or --m-llm.lr)"
             )
         self.progress.losses.append([self.progress.step, means["loss"]])
         self.progress.seconds += seconds

@@ -134,6 +134,49 @@ def popularity_groups(
     return groups
 
 
+def tail_edge(counts: ArrayLike, share: float = 0.1) -> int:
+    """The most rows that a user, or item, of the long tail has: of the `share` of them with the fewest, and of those
+    with as few (ClickPrompt, section 4.5).
+
+    Args:
+        counts: training rows of each; those without any do not count.
+        share: over 0, at most 1.
+    """
+    counts = np.sort(np.asarray(counts)[np.asarray(counts) > 0])
+    return int(counts[math.ceil(share * counts.size) - 1]) if counts.size else 0
+
+
+def quadrants(
+    user_train_rows: ArrayLike,
+    item_train_rows: ArrayLike,
+    edges: tuple[int, int],
+    label: ArrayLike,
+    scores: dict[str, NDArray],
+) -> list[dict]:
+    """Test rows by whether user and item are of the long tail, with each model's AUC (ClickPrompt, table 6).
+
+    Args:
+        user_train_rows: [n] integers, training rows of the user of each test row.
+        item_train_rows: [n] integers, the same of its item.
+        edges: `tail_edge` of the users and of the items; who has no more training rows is of the tail.
+        label: [n] 0 or 1.
+        scores: by model name, [n] each.
+
+    Returns:
+        One {"users": "tail" or "head", "items": the same, "rows": n, "positives": n, "auc": {model: x}} a quadrant.
+    """
+    user_train_rows, item_train_rows, label = _columns(user_train_rows, item_train_rows, label)
+    tails = user_train_rows <= edges[0], item_train_rows <= edges[1]
+    out = []
+    for users in (True, False):
+        for items in (True, False):
+            rows = np.flatnonzero((tails[0] == users) & (tails[1] == items))
+            aucs = {m: auc(label[rows], np.asarray(s)[rows]) if rows.size else math.nan for m, s in scores.items()}
+            names = {"users": "tail" if users else "head", "items": "tail" if items else "head"}
+            out.append(names | {"rows": rows.size, "positives": int((label[rows] > 0).sum()), "auc": aucs})
+    return json_safe(out)
+
+
 def paired_auc_difference(label: ArrayLike, score_a: ArrayLike, score_b: ArrayLike) -> tuple[float, float, float]:
     """AUC of `score_b` less AUC of `score_a` on the same rows, with DeLong's test.
 

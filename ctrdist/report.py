@@ -10,6 +10,8 @@ All three are made from one plain dictionary that holds what JSON holds:
                            probability, which only a synthetic world knows: no model does better
     gain                   as `metrics.gain`
     groups                 as `metrics.popularity_groups`
+    quadrants              as `metrics.quadrants`
+    attention              {field: [share of each prompt]}, of the attention of a field's masked words
     stages                 {name: {"seconds", "rows", "skipped", "losses": [[step, loss], ...],
                            "valid_auc": [[epoch, auc], ...], "data_wait": share of the training
                            time spent waiting for the next batch}}, in the order they ran
@@ -46,7 +48,12 @@ STAGE_TITLES = {
     "represent": "Representations",
     "backbone": "Backbone alone",
     "distill": "Gain and vanilla network",
+    "tokens": "Rows as tokens",
+    "pretrain": "Masked words with prompts",
+    "without_plm": "Fine-tuning without the language model",
+    "with_plm": "Fine-tuning with the language model",
     "evaluate": "Evaluation",
+    "inference": "Inference time",
 }
 """What a person calls each stage; a second round of one is named `roma_2`."""
 
@@ -102,7 +109,8 @@ _SECTIONS = ("rows", "window", "quarantine", "gain", "text_table", "config", "ve
 def plots(report: Mapping) -> dict[str, "Markup"]:
     """The report's charts by name, as <svg> elements for a page that defines the colours of `charts.SCHEMES`.
 
-    `popularity`, `calibration`, and for each stage that has them `STAGE_loss`, `STAGE_auc` and `STAGE_valid_loss`.
+    `popularity`, `calibration`, `attention`, and for each stage that has them `STAGE_loss`, `STAGE_auc` and
+    `STAGE_valid_loss`.
     """
     from ctrdist import charts
 
@@ -113,6 +121,8 @@ def plots(report: Mapping) -> dict[str, "Markup"]:
     drawn = {"popularity": charts.popularity(groups, grouped)} if groups else {}
     if bins:
         drawn["calibration"] = charts.calibration(bins)
+    if report.get("attention"):
+        drawn["attention"] = charts.shares(report["attention"], "prompt")
     for name, stage in stages.items():
         if loss := finite(stage.get("losses")):
             drawn[f"{name}_loss"] = charts.curve(loss, "step", "loss")

@@ -18,6 +18,7 @@ from ctrdist.fields import Encoder, load_encoders
 from ctrdist.interactions import Interactions
 from ctrdist.items import Catalog
 from ctrdist.log import Part, RowGroup
+from ctrdist.row_texts import RowTexts
 from ctrdist.scan import IdsOf, Scan, scan_row_group, sum_scans
 from ctrdist.schema import Schema
 from ctrdist.storage import State
@@ -34,6 +35,7 @@ class LogReader:
         output: name of the output that holds schema, catalog and vocabularies.
         beside: name of the files beside the log to read along (`ctrdist.beside`); "" for none.
         texts: output with the texts of interactions, whose numbers to read along; "" for none.
+        tokens: output with what makes the tokens of rows (`ctrdist.row_texts`); "" for none.
     """
 
     data: str
@@ -41,6 +43,7 @@ class LogReader:
     output: str
     beside: str = ""
     texts: str = ""
+    tokens: str = ""
 
     def open(self) -> tuple[Schema, dict[str, Encoder], Catalog]:
         """Schema, vocabularies and catalog."""
@@ -55,7 +58,13 @@ class LogReader:
         """What makes the columns that stand beside the log's, if there are any."""
         if self.beside:
             return BesideLog(State(self.state), self.beside, self.data).columns(keep)
+        if self.tokens:
+            return self.row_texts().numbers
         return _interactions(self.state, self.output, self.texts).numbers if self.texts else None
+
+    def row_texts(self) -> RowTexts | None:
+        """What makes the tokens of rows, if they are read."""
+        return _row_texts(self.state, self.tokens) if self.tokens else None
 
 
 @lru_cache(maxsize=2)
@@ -70,6 +79,11 @@ def _open(state: str, output: str) -> tuple[Schema, dict[str, Encoder], Catalog]
 def _interactions(state: str, output: str, texts: str) -> Interactions:
     schema, _, catalog = _open(state, output)
     return Interactions.load(State(state).local(texts), schema, catalog)
+
+
+@lru_cache(maxsize=2)
+def _row_texts(state: str, tokens: str) -> RowTexts:
+    return RowTexts.load(State(state).local(tokens))
 
 
 BATCHES_A_BLOCK = 32

@@ -23,7 +23,13 @@ TARGETS = "targets.npy"
 
 
 def train_task(
-    log: Log, task: Task, config: Any, seed: int, text_table: np.ndarray | None = None, rows: pa.Table | None = None
+    log: Log,
+    task: Task,
+    config: Any,
+    seed: int,
+    text_table: np.ndarray | None = None,
+    rows: pa.Table | None = None,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Train a task on a log as the daily job does on one worker; what that took: `ms_a_step`, `seconds` and of these
     `train_seconds` without validation, and the last `valid_auc`.
@@ -49,6 +55,7 @@ def train_task(
         lambda _: (b for e in range(config.epochs) for b in log.batches(rows, size, (seed, e), text_table)),
         loop,
         valid=lambda: log.batches(log.valid, 4096, text_table=text_table),
+        device=device,
     )
     return {
         "valid_auc": progress.best_auc,
@@ -84,7 +91,8 @@ def train_click(
 def score(log: Log, model: Task, text_table: np.ndarray | None = None) -> dict[str, float]:
     """`auc`, `log_loss`, and `auc_cold` of rows of cold items, on the test rows."""
     batches = log.batches(log.test, 4096, text_table=text_table)
-    scores = np.concatenate([model.predict(batch).numpy() for batch in batches])
+    device = next(model.parameters()).device
+    scores = np.concatenate([model.predict(batch.to(device)).cpu().numpy() for batch in batches])
     label = log.test["label"].to_numpy()
     cold = log.counts[log.test["item"].to_numpy()] < COLD
     return {

@@ -17,6 +17,7 @@ from ctrdist.draws import held_out
 from ctrdist.epoch import plan_pass, read_chunk
 from ctrdist.items import Catalog, Ragged, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
 from ctrdist.log import Window, list_days, list_row_groups
+from ctrdist.row_texts import RowTexts
 from ctrdist.scan import grow_encoders, item_counts, scan_row_group, sum_scans
 from ctrdist.schema import Schema
 from ctrdist.tasks.click import table_sizes
@@ -41,6 +42,7 @@ class Log:
         counts: training rows of each item, int64 by catalog row.
         texts: each item's text, large_string by catalog row; "" without an item.
         train, valid, test: encoded rows (`ctrdist.encode`).
+        row_texts: makes the tokens of rows with `beside.said`, if they have any.
     """
 
     schema: Schema
@@ -51,6 +53,7 @@ class Log:
     train: pa.Table
     valid: pa.Table
     test: pa.Table
+    row_texts: RowTexts | None = None
 
     @property
     def items_with_text(self) -> np.ndarray:
@@ -86,7 +89,7 @@ class Log:
         if seed is not None:
             rows = rows.take(pa.array(np.random.default_rng(seed).permutation(rows.num_rows)))
         for start in range(0, rows.num_rows, size):
-            yield collate(rows.slice(start, size), self.schema, self.catalog, text_table)
+            yield collate(rows.slice(start, size), self.schema, self.catalog, text_table, self.row_texts)
 
 
 def _digest(*tables: pa.Table) -> str:

@@ -17,21 +17,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The tokens of some items' texts.
+    """The tokens of some texts, of items or of rows of the log.
 
     Args:
-        items: [B] int64, catalog rows.
+        items: [B] int64, catalog rows; of rows of the log, a number that goes with what each one's text says. Masks
+            are drawn by it.
         input_ids: [B, L] int64, padded on the right.
         attention_mask: [B, L] int64, 1 at real tokens; each row has one at least.
-        epoch: which pass over the items this is; masks differ from epoch to epoch.
+        epoch: which pass over the items this is, or any number (int64 [] if a tensor); masks differ with it.
         lengths: real tokens of each text, known without asking the device; () if nobody counted.
+        places: [B] int64, where each text stands in the batch that this is a part of; None if it is no part.
     """
 
     items: Tensor
     input_ids: Tensor
     attention_mask: Tensor
-    epoch: int = 0
+    epoch: int | Tensor = 0
     lengths: tuple[int, ...] = ()
+    places: Tensor | None = None
 
     def __len__(self) -> int:
         return self.items.shape[0]
@@ -40,6 +43,10 @@ class TokenBatch:
         """The same batch on a device."""
         names = ("items", "input_ids", "attention_mask")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+    def empty(self) -> "TokenBatch":
+        """A batch as wide without texts."""
+        return TokenBatch(self.items[:0], self.input_ids[:0], self.attention_mask[:0], self.epoch)
 
     def buckets(self, count: int) -> list["TokenBatch"]:
         """The same texts in at most `count` batches of like length, short ones first, each padded to its own longest.
@@ -54,9 +61,8 @@ class TokenBatch:
         lengths = tuple(self.lengths[row] for row in rows)
         at = torch.from_numpy(rows).to(self.items.device, non_blocking=True)
         longest = max(lengths)
-        return TokenBatch(
-            self.items[at], self.input_ids[at, :longest], self.attention_mask[at, :longest], self.epoch, lengths
-        )
+        ids, mask = self.input_ids[at, :longest], self.attention_mask[at, :longest]
+        return TokenBatch(self.items[at], ids, mask, self.epoch, lengths, at)
 
 
 def tokenize(

@@ -30,7 +30,8 @@ class Task(nn.Module):
         raise TypeError(f"{type(self).__name__} predicts nothing")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups for AdamW: `{"params": [...], "lr": ..., "weight_decay": ...}`.
+        """Groups for AdamW: `{"params": [...], "lr": ..., "weight_decay": ...}`, and `schedule` and `warmup` if other
+        than the loop's.
 
         The loop freezes every parameter that no group names. Embedding tables are not parameters: they update
         themselves (`ctrdist.embedding`).

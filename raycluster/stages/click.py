@@ -33,6 +33,7 @@ def train_click(
     fuse: FuseConfig | None = None,
     start: Manifest | None = None,
     days: Days | None = None,
+    warm: bool | None = None,
 ) -> Manifest:
     """Train a click model: the ID model, or with `text` the fused one (MF²).
 
@@ -40,9 +41,11 @@ def train_click(
         text: output with the text table.
         start: output of a click model whose weights to start from.
         days: days to train on; those that are new to the state if None.
+        warm: take `warm_epochs`; if None, where it starts from an earlier day's and trains on new days.
     """
     days = read.train if days is None else days
-    warm = start is not None and days == read.train and day.previous is not None
+    if warm is None:
+        warm = start is not None and days == read.train and day.previous is not None
     epochs = config.warm_epochs if warm else config.epochs
     inputs = fingerprint(
         read.identity,
@@ -91,6 +94,7 @@ def train_on_log(
     epochs: int,
     inputs: str,
     order: str = "shuffled",
+    validated: bool = True,
     **parts: Callable,
 ) -> Manifest:
     """Train a task on rows of the log, as a stage.
@@ -100,6 +104,7 @@ def train_on_log(
         days: to train on.
         inputs: fingerprint of all that the task depends on.
         order: of the rows, as `ClickConfig` has it.
+        validated: whether the validation rows are scored after each epoch.
         parts: `task`, `save` and `collate` of the `Training`.
     """
     rows, seed, batch = read.total(days), day.options.seed, config.batch_size
@@ -130,7 +135,7 @@ def train_on_log(
                 _train_stream, reader, training_groups, order, batch * together, share * together, seed, epochs
             ),
             batches_a_block=together,
-            valid_stream=partial(_valid_stream, reader, validation_groups, 8 * max(share, 1024)),
+            valid_stream=partial(_valid_stream, reader, validation_groups, 8 * max(share, 1024)) if validated else None,
             facts={"rows": rows, "epochs": epochs, "read": read.output.name},
             metrics=metrics_file,
             **parts,
@@ -185,9 +190,10 @@ def _text_table(reader: LogReader, text: str) -> np.ndarray:
 
 def encoded_batch(reader: LogReader, text: str | None, table: Any) -> Batch:
     """Encoded rows of the log as a batch, with the item side and the text table of output `text` joined: the items', or
-    that of the interactions' own texts, if `reader` reads their numbers."""
+    that of the interactions' own texts, if `reader` reads their numbers; and with the tokens of the rows' texts, if
+    `reader` has what makes them."""
     schema, _, catalog = reader.open()
-    return collate(table, schema, catalog, _text_table(reader, text) if text else None)
+    return collate(table, schema, catalog, _text_table(reader, text) if text else None, reader.row_texts())
 
 
 def _train_stream(

@@ -51,16 +51,25 @@ class Scorer:
     Args:
         models: by name, output, text table's output and folder (`Scored.names`).
         beside: name of the model whose probabilities stand beside the log; "" for none.
+        device: that computes.
     """
 
     def __init__(
-        self, reader: LogReader, models: dict[str, tuple[str, str | None, str]], beside: str, threads: int
+        self,
+        reader: LogReader,
+        models: dict[str, tuple[str, str | None, str]],
+        beside: str,
+        threads: int,
+        device: str = "cpu",
     ) -> None:
         torch.set_num_threads(threads)
-        self.reader, self.beside, state = reader, beside, State(reader.state)
+        self.reader, self.beside, self.device, state = reader, beside, device, State(reader.state)
         schema, _, _ = reader.open()
+        load = load_click_model
+        if reader.tokens:  # models that read none do without transformers, which take seconds to load
+            from ctrdist.prompted import load_scorer as load
         self.models = {
-            name: (load_click_model(state.local(output) / folder, schema), text)
+            name: (load(state.local(output) / folder, schema).to(device), text)
             for name, (output, text, folder) in models.items()
         }
 
@@ -69,9 +78,9 @@ class Scorer:
         columns = {USER_ID: batch[f"raw.{USER_ID}"], ITEM: batch[ITEM], LABEL: batch[LABEL]}
         if self.beside:
             columns[self.beside] = batch[f"raw.{PROBABILITY}"]
-        batches = {text: encoded_batch(self.reader, text, batch) for _, text in self.models.values()}
+        batches = {text: encoded_batch(self.reader, text, batch).to(self.device) for _, text in self.models.values()}
         for name, (model, text) in self.models.items():
-            columns[name] = model.predict(batches[text]).numpy()
+            columns[name] = model.predict(batches[text]).cpu().numpy()
         truth = self.reader.open()[0].truth
         if truth:
             columns["best"] = batch[f"raw.{truth}"]
@@ -79,13 +88,19 @@ class Scorer:
 
 
 def evaluate(
-    day: Day, read: Read, models: dict[str, tuple[Manifest | None, Manifest | None]], beside: Manifest | None = None
+    day: Day,
+    read: Read,
+    models: dict[str, tuple[Manifest | None, Manifest | None]],
+    beside: Manifest | None = None,
+    tokens: Manifest | None = None,
 ) -> dict[str, Any]:
     """Score the test rows with every model, each row exactly once, and compare (`ctrdist.metrics.evaluate`).
 
     Args:
         models: by name, what `Scored` says of each.
         beside: output that tells what stands beside the log (`stages.elec.represent`), if a model needs it.
+        tokens: output that makes the tokens of rows (`stages.clickprompt.tokens`), if a model reads them; models then
+            compute on GPUs where there are any.
 
     Returns:
         The parts `rows`, `models`, `gain` (of the last model over the first, if there are two) and `groups` of the
@@ -97,9 +112,11 @@ def evaluate(
         [str(d) for d in day.window.test],
         {name: model.identity for name, model in scored_by.items()},
         beside and beside.identity,
+        *([tokens.identity] if tokens else []),
     )
     where = beside.facts["beside"] if beside else ""
-    reader = LogReader(day.options.data, day.state.uri, read.output.name, where)
+    reader = LogReader(day.options.data, day.state.uri, read.output.name, where, tokens=tokens.name if tokens else "")
+    gpus = day.plan.gpus if tokens else 0
     groups = read.groups(day.window.test)
     outputs = {name: model.names for name, model in scored_by.items() if model.output}
     written = "".join(name for name, model in scored_by.items() if not model.output)
@@ -112,12 +129,14 @@ def evaluate(
             batch_size=4096,
             batch_format="pyarrow",
             num_cpus=day.plan.worker_cpus,
+            num_gpus=gpus,
             compute=ActorPoolStrategy(size=day.plan.workers),
             fn_constructor_kwargs={
                 "reader": reader,
                 "models": outputs,
                 "beside": written,
                 "threads": day.plan.threads,
+                "device": "cuda" if gpus else "cpu",
             },
         )
         facts = {"rows": read.total(day.window.test)}

@@ -43,10 +43,12 @@ from raycluster.trainer import Training, train
 def pretraining_due(day: Day, lm: LanguageModelConfig, config: PretrainConfig) -> bool:
     """Whether DAP is due: there is none yet of this language model, or the last one is `every_days` old."""
     last = day.earlier("dap")
-    if last is None or last.facts["lm"] != to_dict(lm):
-        return True
-    age = day.date - dt.date.fromisoformat(last.facts["date"])
-    return bool(config.every_days) and age.days >= config.every_days
+    return last is None or last.facts["lm"] != to_dict(lm) or overdue(day, last.facts["date"], config.every_days)
+
+
+def overdue(day: Day, last: str, every_days: int) -> bool:
+    """Whether what was done on the day `last` is `every_days` old; never with 0."""
+    return bool(every_days) and (day.date - dt.date.fromisoformat(last)).days >= every_days
 
 
 def pretrain(day: Day, read: Read, lm: LanguageModelConfig, config: PretrainConfig) -> Manifest:

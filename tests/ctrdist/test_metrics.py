@@ -159,3 +159,26 @@ def test_streaming_of_nothing_and_of_nan():
     assert stream.auc() == 1.0
     stream.update([1], [math.nan])
     assert math.isnan(stream.auc()) and math.isnan(stream.log_loss())
+
+
+def test_the_tail_is_a_tenth_and_those_with_as_few():
+    assert metrics.tail_edge([0, 0, 5, 4, 3, 9, 8, 7, 6, 5, 5, 9]) == 3
+    assert metrics.tail_edge([2] * 8 + [1, 3]) == 1
+    assert metrics.tail_edge([2] * 9 + [3] * 3) == 2
+    assert metrics.tail_edge([0, 0]) == metrics.tail_edge([]) == 0
+
+
+def test_quadrants_part_the_rows_by_user_and_item(rows):
+    draw = np.random.default_rng(1)
+    users, items = draw.integers(0, 6, 4000), draw.integers(0, 9, 4000)
+    scores = {"a": rows["a"], "b": rows["b"]}
+    found = metrics.quadrants(users, items, (2, 1), rows["label"], scores)
+    assert [(part["users"], part["items"]) for part in found] == [
+        ("tail", "tail"), ("tail", "head"), ("head", "tail"), ("head", "head")
+    ]  # fmt: skip
+    assert sum(part["rows"] for part in found) == 4000
+    mine = (users > 2) & (items <= 1)
+    assert found[2]["rows"] == mine.sum() and found[2]["positives"] == rows["label"][mine].sum()
+    assert found[2]["auc"]["b"] == pytest.approx(roc_auc_score(rows["label"][mine], rows["b"][mine]))
+    none = metrics.quadrants(users, items, (9, 9), rows["label"], scores)[3]
+    assert none["rows"] == 0 and none["auc"] == {"a": None, "b": None}

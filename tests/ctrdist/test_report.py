@@ -31,6 +31,8 @@ def whole():
         "models": evaluated["models"] | {"best": {"auc": 0.7401, "log_loss": 0.41, "auc_cold": None}},
         "gain": metrics.gain(trained, label, weak, strong),
         "groups": evaluated["groups"],
+        "quadrants": metrics.quadrants(trained // 7, trained, (1, 4), label, {"id": weak, "cela": strong}),
+        "attention": {"user_id": [0.2, 0.5, 0.3], "text": [1.0, 0.0, 0.0]},
         "stages": {
             "id": trained_stage,
             "dap": {
@@ -64,14 +66,24 @@ def test_written_report_is_whole_and_stands_alone(whole, tmp_path):
     assert "src=" not in text and "@import" not in text and "url(http" not in text
     for svg in text.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + svg[: svg.index("</svg>")] + "</svg>")
-    assert text.count("<svg") == 2 + 6
+    assert text.count("<svg") == 3 + 6 and "Attention on prompts" in text and "Long tail" in text
     assert "#0102" not in text
 
 
 def test_plots_are_files_that_need_no_page(whole, tmp_path):
     report.write_plots(whole, tmp_path)
     names = {path.stem for path in tmp_path.glob("*.svg")}
-    assert names == {"popularity", "calibration", "id_loss", "id_auc", "dap_loss", "roma_loss", "mf2_loss", "mf2_auc"}
+    assert names == {
+        "popularity",
+        "calibration",
+        "attention",
+        "id_loss",
+        "id_auc",
+        "dap_loss",
+        "roma_loss",
+        "mf2_loss",
+        "mf2_auc",
+    }
     for path in tmp_path.iterdir():
         text = path.read_text()
         ElementTree.fromstring(text)

@@ -1,0 +1,114 @@
+"""ClickPrompt, every day: the CTR model writes prompts into every layer of a language model, and learns from its words.
+
+Reads a prepared log (jobs/prepare.py), says every distinct value of its fields as tokens, pre-trains CTR model and
+language model together on masked words (PA-MLM), fine-tunes the CTR model alone from there (without PLM), and both
+together (with PLM), evaluates these and the backbone alone on the same test rows, and releases and registers the one
+without a language model. A run for the next day starts from the day before; a run that was cut off goes on.
+"""
+
+from dataclasses import dataclass, field
+
+from ctrdist import backbones
+from ctrdist.config import to_dict
+from ctrdist.language import source
+from ctrdist.language.model import check_model
+from ctrdist.language.prompts import PromptConfig, check_prompts
+from ctrdist.row_texts import RowTextConfig
+from ctrdist.storage import fingerprint
+from ctrdist.tasks.click import ClickConfig
+from ctrdist.tasks.prompted import PromptPretrainConfig
+from ctrdist.tasks.prompted_click import PromptFinetuneConfig
+from ctrdist.text_training import LanguageModelConfig
+from raycluster import cli, registry, reporting
+from raycluster.day import Day, DayOptions, run_day
+from raycluster.stages.click import train_click
+from raycluster.stages.clickprompt import Prompted, finetune, pretrain, pretraining_due, tokens
+from raycluster.stages.clickprompt_report import inference_times, prompt_attention, quadrants
+from raycluster.stages.evaluate import evaluate
+from raycluster.stages.read import read_log
+
+
+@dataclass(frozen=True)
+class ClickPromptOptions(DayOptions):
+    """Options of the day.
+
+    Args:
+        lm: the language model.
+        text: what it reads of a row.
+        prompts: what it reads besides.
+        ctr: the CTR model: of the backbone alone, of pre-training, and of both fine-tunings.
+        pretrain: masked words with prompts (PA-MLM).
+        finetune: fine-tuning with the language model; that without it has the options of `ctr`.
+    """
+
+    experiment: str = "clickprompt"
+    lm: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    text: RowTextConfig = field(default_factory=RowTextConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    ctr: ClickConfig = field(default_factory=lambda: ClickConfig(backbone="dcnv2"))
+    pretrain: PromptPretrainConfig = field(default_factory=PromptPretrainConfig)
+    finetune: PromptFinetuneConfig = field(default_factory=PromptFinetuneConfig)
+
+    job = "clickprompt_daily"
+
+    def check(self) -> None:
+        """Raise a UserError for what can be known to be wrong before anything is read."""
+        backbones.check(self.ctr.backbone)
+        check_model(self.lm.name, head=self.pretrain.epochs > 0)
+        check_prompts(self.lm.name)
+
+    def batch_sizes(self) -> dict[str, int]:
+        """Rows of a global batch, by option."""
+        parts = {"ctr": self.ctr, "pretrain": self.pretrain, "finetune": self.finetune}
+        return {f"--{name}.batch-size": part.batch_size for name, part in parts.items()}
+
+    def meaning(self) -> str:
+        """Fingerprint of what pre-training makes, besides the rows: with another one it is done again."""
+        parts = (self.lm, self.text, self.prompts, self.pretrain)
+        return fingerprint(source.identity(self.lm.name), *map(to_dict, parts), self.finetune.prompts)
+
+
+def run(options: ClickPromptOptions) -> None:
+    """The paper's day, from the log to the release."""
+    options.check()
+    run_day(options, lambda day: clickprompt(day, options))
+
+
+def clickprompt(day: Day, options: ClickPromptOptions) -> dict:
+    """All stages, in order; returns the report."""
+    options.text.check(day.schema)
+    due = pretraining_due(day, options.meaning(), options.pretrain)
+    read = read_log(day, whole_window=due)
+    # After pre-training both fine-tunings start anew from it, on the whole window; else they go on with new days.
+    days = day.window.train if due else read.train
+    backbone = train_click(day, "backbone", read, options.ctr, start=day.earlier("backbone"))
+    said = tokens(day, read, options.lm.name, options.prompts, options.text)
+    parts = Prompted(options.ctr, options.lm, options.prompts)
+    pretrained = None
+    if due and options.pretrain.epochs:
+        pretrained = pretrain(day, read, said, parts, options.pretrain, days)
+    starts = (pretrained, pretrained) if due else (day.earlier("clickprompt"), day.earlier("with_plm"))
+    without = train_click(day, "without_plm", read, options.ctr, start=starts[0], days=days, warm=not due)
+    both = finetune(day, read, said, parts, options.finetune, starts[1], days, warm=not due)
+
+    outputs = {"backbone": backbone, "with_plm": both, "without_plm": without}
+    result = evaluate(day, read, {name: (output, None) for name, output in outputs.items()}, tokens=said)
+    times = inference_times(day, read, said, outputs).facts["batch_ms"]
+    for name, milliseconds in times.items():
+        result["models"][name]["batch_ms"] = milliseconds
+    report = reporting.assemble(day, read, result, days=days)
+    report["quadrants"] = quadrants(day, read, list(outputs))
+    if pretrained:
+        report["attention"] = prompt_attention(day, read, said, pretrained)
+    facts = {
+        "meaning": options.meaning(),
+        "pretrained": str(day.date) if due else day.previous.facts["pretrained"],
+        "backbone": backbone.name,
+        "with_plm": both.name,
+    }
+    registry.release(day, read.output, {"clickprompt": (without, None)}, report, facts)
+    return report
+
+
+if __name__ == "__main__":
+    cli.main(lambda: run(cli.parse(ClickPromptOptions(), __doc__)))
