@@ -19,7 +19,7 @@ from ctrdist.interaction_text import TextConfig, item_sides
 from ctrdist.items import Catalog, ItemTexts, Ragged
 from ctrdist.language.assemble import RowTokenizer, RowTokens, say
 from ctrdist.language.tokenizer import TextTokenizer
-from ctrdist.log import RowGroup
+from ctrdist.log import RowGroup, read_row_group
 from ctrdist.schema import ITEM_ID, Field, Schema
 
 FREE_TEXT = "text"
@@ -161,6 +161,11 @@ class RowTexts:
 def distinct(rows: pa.Table, schema: Schema, config: RowTextConfig) -> list[pa.Array]:
     """The distinct texts of each user and context field that something is said of, in rows of the log."""
     return [_say(rows[name], part, name)[0] for name, part in _spoken(schema.row_fields, config)]
+
+
+def distinct_of_group(data: str, group: RowGroup, schema: Schema, config: RowTextConfig) -> list[pa.Array]:
+    """`distinct` of all rows of a row group, bad ones included. A process that calls it loads no torch."""
+    return distinct(read_row_group(data, group, schema), schema, config)
 
 
 def _spoken(fields: tuple[Field, ...], config: RowTextConfig) -> list[tuple[str, str]]:

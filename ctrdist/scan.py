@@ -16,7 +16,8 @@ from ctrdist.fields import Encoder, new_encoder
 from ctrdist.items import Catalog
 from ctrdist.log import REASONS, Part, RowGroup, find_faults, first_row, read_row_group
 from ctrdist.numeric import Sample, add_samples, sample_values, to_numbers
-from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, Schema
+from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, SPLIT, USER_ID, Schema
+from ctrdist.storage import filesystem
 from ctrdist.vocabulary import UNKNOWN, Counts, add_counts, sum_counts, to_keys
 
 IdsOf = Literal["counted", "seen", "ignored"]
@@ -174,3 +175,18 @@ def item_counts(scans: dict[Part, Counts], days: tuple[Part, ...], size: int) ->
             rows, numbers = scans[day]
             counts[rows] += numbers
     return counts
+
+
+def count_users(data: str, group: RowGroup) -> pa.Table:
+    """The users of a row group's rows, bad ones included, or of its split's: `values`, as text, and `counts`."""
+    filesystem_, _ = filesystem(data)
+    columns = [USER_ID, SPLIT] if group.split else [USER_ID]
+    with filesystem_.open_input_file(group.path) as stream:
+        rows = pq.ParquetFile(stream).read_row_group(group.index, columns=columns)
+    if group.split:
+        rows = rows.filter(pc.equal(rows[SPLIT].cast(pa.string()), group.split))
+    column = rows[USER_ID]
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    found = pc.value_counts(column.cast(pa.large_string()).drop_null())
+    return pa.table({"values": found.field("values"), "counts": found.field("counts")})

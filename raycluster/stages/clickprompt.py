@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ctrdist.config import to_dict
@@ -13,10 +12,9 @@ from ctrdist.language import source
 from ctrdist.language.encode import Source
 from ctrdist.language.model import LanguageModel, draws_head
 from ctrdist.language.prompts import PromptConfig
-from ctrdist.log import RowGroup, read_row_group
 from ctrdist.optim import Precision
 from ctrdist.prompted import finetuning_task, pretraining_task, rates, save_prompted
-from ctrdist.row_texts import RowTextConfig, RowTexts, distinct
+from ctrdist.row_texts import RowTextConfig, RowTexts, distinct_of_group
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.click import ClickConfig, ClickModel, table_sizes
 from ctrdist.tasks.prompted import PromptPretrainConfig, PromptPretraining
@@ -77,7 +75,8 @@ def tokens(day: Day, read: Read, lm: str, prompts: PromptConfig, config: RowText
         schema, _, catalog = reader.open()
         items = pq.read_table(day.state.local(read.output.name) / ITEMS)
         groups = {(group.path, group.index): group for group in read.row_groups}  # a split's are of the same rows
-        said = in_parallel(_said, [(reader, group, config) for group in groups.values()], cpus=0.5)
+        calls = [(reader.data, group, schema, config) for group in groups.values()]
+        said = in_parallel(distinct_of_group, calls, cpus=0.5)
         made = RowTexts.of(said, items, schema, catalog, config, tokenizer)
         texts = sum(map(len, made.tokenizer.texts))
         rows = sum(group.good for group in read.row_groups)
@@ -87,11 +86,6 @@ def tokens(day: Day, read: Read, lm: str, prompts: PromptConfig, config: RowText
         return day.state.find(name)
 
     return day.stage("tokens", inputs, make)
-
-
-def _said(reader: LogReader, group: RowGroup, config: RowTextConfig) -> list[pa.Array]:
-    schema, _, _ = reader.open()
-    return distinct(read_row_group(reader.data, group, schema), schema, config)
 
 
 def pretrain(

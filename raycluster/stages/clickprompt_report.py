@@ -14,10 +14,10 @@ import torch
 from ctrdist import metrics
 from ctrdist.encode import ITEM
 from ctrdist.epoch import plan_pass
-from ctrdist.log import RowGroup
 from ctrdist.prompted import attention_by_field, load_prompted, load_scorer
-from ctrdist.schema import LABEL, SPLIT, USER_ID
-from ctrdist.storage import Manifest, filesystem, fingerprint
+from ctrdist.scan import count_users
+from ctrdist.schema import LABEL, USER_ID
+from ctrdist.storage import Manifest, fingerprint
 from raycluster.cluster import in_parallel
 from raycluster.day import Day
 from raycluster.ingest import LogReader
@@ -46,23 +46,9 @@ def quadrants(day: Day, read: Read, names: list[str]) -> list[dict[str, Any]]:
 def _user_counts(day: Day) -> tuple[pa.Array, np.ndarray]:
     """The users of the window's training days, and the rows of each, bad ones included."""
     groups = day.groups(day.window.train)
-    parts = list(in_parallel(_users, [(day.options.data, group) for group in groups], cpus=0.5))
+    parts = list(in_parallel(count_users, [(day.options.data, group) for group in groups], cpus=0.5))
     total = pa.concat_tables(parts).group_by("values").aggregate([("counts", "sum")])
     return total["values"].combine_chunks(), total["counts_sum"].to_numpy()
-
-
-def _users(data: str, group: RowGroup) -> pa.Table:
-    filesystem_, _ = filesystem(data)
-    columns = [USER_ID, SPLIT] if group.split else [USER_ID]
-    with filesystem_.open_input_file(group.path) as stream:
-        rows = pq.ParquetFile(stream).read_row_group(group.index, columns=columns)
-    if group.split:
-        rows = rows.filter(pc.equal(rows[SPLIT].cast(pa.string()), group.split))
-    column = rows[USER_ID]
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    found = pc.value_counts(column.cast(pa.large_string()).drop_null())
-    return pa.table({"values": found.field("values"), "counts": found.field("counts")})
 
 
 def _some_rows(day: Day, read: Read, said: Manifest) -> tuple[LogReader, pa.Table]:

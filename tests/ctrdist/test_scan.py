@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctrdist.errors import UserError
-from ctrdist.log import REASONS, list_days, list_row_groups
-from ctrdist.scan import Scan, item_counts, scan_row_group, sum_scans
+from ctrdist.log import REASONS, RowGroup, list_days, list_row_groups
+from ctrdist.scan import Scan, count_users, item_counts, scan_row_group, sum_scans
 from ctrdist.vocabulary import to_keys
 
 THIRD = dt.date(2024, 1, 4)
@@ -152,3 +152,14 @@ def test_item_counts():
     }
     assert item_counts(counts, (days[0], days[1], dt.date(2024, 2, 1)), 6).tolist() == [0, 0, 3, 0, 6, 0]
     assert item_counts(counts, (), 3).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.int64(), pa.dictionary(pa.int32(), pa.string())])
+def test_users_are_counted_by_row_group_and_split(kind: pa.DataType, tmp_path: Path):
+    users = pa.array(["7", "8", None, "7", "9", "7"]).cast(kind.value_type if hasattr(kind, "value_type") else kind)
+    users = users.dictionary_encode() if pa.types.is_dictionary(kind) else users
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"user_id": users, "split": ["train"] * 4 + ["test"] * 2}), path)
+    for split, expected in (("", {"7": 3, "8": 1, "9": 1}), ("train", {"7": 2, "8": 1}), ("test", {"9": 1, "7": 1})):
+        found = count_users(str(tmp_path), RowGroup(THIRD, str(path), 0, 6, split)).to_pydict()
+        assert dict(zip(found["values"], found["counts"], strict=True)) == expected
