@@ -31,7 +31,7 @@ class DistillConfig:
     Args:
         score: what the vanilla network's scores learn from the gain network's: `clid` (the paper's), `softmax`, the
             same of the softmax of the logits, `pointwise`, each row's probability as a soft label, or `none`.
-        clid_weight: of that loss; 0 leaves it out (the paper's "w/o CLID").
+        clid_weight: of that loss, 1 in the paper; 0 leaves it out (the paper's "w/o CLID").
         clid_mean: divide a listwise loss by the rows of the batch, as the paper's equation 1 does. A batch of thousands
             then hardly feels it; as a sum it weighs about as much as the click loss.
         clid_rows: `global` normalises over the rows of all workers, `local` over those of each worker.
@@ -44,10 +44,10 @@ class DistillConfig:
     """
 
     score: Literal["clid", "softmax", "pointwise", "none"] = "clid"
-    clid_weight: float = 1.0
+    clid_weight: float = 0.3
     clid_mean: bool = False
     clid_rows: Literal["global", "local"] = "global"
-    mse_weight: float = 0.01
+    mse_weight: float = 0.003
     vector_dropout: float = 0.5
     share_embeddings: bool = False
     without_text: bool = False

@@ -303,7 +303,7 @@ def test_a_perfect_teacher_helps_a_network_that_lacks_a_feature():
     loop = LoopConfig(8, epochs=10, schedule="linear")
     found = {}
     for score in ("none", "clid", "pointwise"):
-        task = pair("dnn", Plain(score=score, mse_weight=0.0), table_lr=1e-3)
+        task = pair("dnn", Plain(score=score, clid_weight=1.0, mse_weight=0.0), table_lr=1e-3)
         fit(task, lambda first: (rows(64, step % 8)[0] for step in range(first, 80)), loop)
         found[score] = roc_auc_score(preferred, task.predict(test).detach())
         assert roc_auc_score(test.label, task.gain.predict(test).detach()) > 0.66
