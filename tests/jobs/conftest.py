@@ -51,7 +51,9 @@ class NoTracker:
 
 def _train(training: trainer.Training, _plan: cluster.Plan) -> SimpleNamespace:
     """A trainer whose worker is this process."""
-    shards = {"train": training.train_stream(0), "valid": training.valid_stream()}
+    shards = {}
+    if training.train_stream:
+        shards = {"train": training.train_stream(0), "valid": training.valid_stream()}
 
     def fit() -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -70,20 +72,40 @@ def _encode(work: Any, state: Any, shards: str, model: Any, config: Any, plan: c
     yield int(done["items"][0]), str(done["device"][0])
 
 
-@pytest.fixture
-def in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs run here, without Ray, and nothing is tracked or registered."""
+@contextmanager
+def one_process() -> Iterator[None]:
+    """For a while jobs run here, without Ray, and nothing is tracked or registered."""
 
     def in_order(function: Callable, calls: list[tuple], **_options: Any) -> Iterator:
         return (function(*call) for call in calls)
 
-    for module in ("ingest", "stages.elec", "tokens"):
-        monkeypatch.setattr(f"raycluster.{module}.in_parallel", in_order)
-    monkeypatch.setattr("raycluster.ingest.stream", Stream)
-    monkeypatch.setattr("raycluster.encoder._encode", _encode)
-    monkeypatch.setattr(trainer, "_trainer", _train)
-    monkeypatch.setattr("raycluster.day.Tracker.open", lambda *_: NoTracker())
-    monkeypatch.setattr("raycluster.reporting.log", lambda *_: None)
-    monkeypatch.setattr("raycluster.registry.register", lambda *_: "nowhere")
-    monkeypatch.setattr(cluster, "connect", lambda: None)
-    monkeypatch.setattr(cluster, "make_plan", lambda *_: cluster.Plan(1, 0, 1.0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("ingest", "stages.elec", "tokens"):
+            patch.setattr(f"raycluster.{module}.in_parallel", in_order)
+        patch.setattr("raycluster.ingest.stream", Stream)
+        patch.setattr("raycluster.encoder._encode", _encode)
+        patch.setattr(trainer, "_trainer", _train)
+        patch.setattr("raycluster.day.Tracker.open", lambda *_: NoTracker())
+        patch.setattr("raycluster.reporting.log", lambda *_: None)
+        patch.setattr("raycluster.registry.register", lambda *_: "nowhere")
+        patch.setattr(cluster, "connect", lambda: None)
+        patch.setattr(cluster, "make_plan", lambda *_: cluster.Plan(1, 0, 1.0, 1))
+        yield
+
+
+@pytest.fixture
+def in_one_process() -> Iterator[None]:
+    """`one_process` for a test."""
+    with one_process():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run_here() -> Callable[..., None]:
+    """`run_here(run, options)`: a job in one process, for fixtures of a module."""
+
+    def run(job: Callable[[Any], None], options: Any) -> None:
+        with one_process():
+            job(options)
+
+    return run

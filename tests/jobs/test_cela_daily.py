@@ -62,8 +62,8 @@ def first_day(ray_cluster, options) -> dict:
 
 
 @pytest.fixture(scope="module")
-def second_day(first_day, options) -> dict:
-    JOB.run(replace(options, date=SECOND, rounds=2, workers=1))
+def second_day(first_day, options, run_here) -> dict:
+    run_here(JOB.run, replace(options, date=SECOND, rounds=2, workers=1))
     return json.loads((Path(options.state) / "releases" / str(SECOND) / "report.json").read_text())
 
 

@@ -156,7 +156,7 @@ def test_a_run_cut_off_goes_on_and_ends_alike(first_day, options, capsys):
     assert report_of(options, FIRST)["models"] == first_day["models"]
 
 
-def test_the_next_day_may_read_interactions_each_text_once(first_day, options, data, monkeypatch):
+def test_the_next_day_may_read_interactions_each_text_once(first_day, in_one_process, options, data):
     other = replace(options, date=SECOND, text_granularity="interaction", text=TextConfig(leave_out=("user_id",)))
     JOB.run(other)
     state, report = State(options.state), report_of(options, SECOND)
