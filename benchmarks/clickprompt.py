@@ -9,6 +9,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -30,6 +31,7 @@ from ctrdist.tasks.prompted import PromptPretrainConfig  # noqa: E402
 from ctrdist.tasks.prompted_click import PromptFinetuneConfig  # noqa: E402
 from ctrdist.text_training import LanguageModelConfig  # noqa: E402
 
+Variant = Literal["with_plm", "no_prompts", "no_pretraining", "neither"]
 METRICS = {"auc": "AUC", "log_loss": "log loss", "auc_cold": "AUC cold"}
 
 
@@ -47,7 +49,7 @@ class Options:
         pretrain: masked words with prompts.
         finetune: fine-tuning with the language model.
         seeds: one of each model each.
-        variants: which fine-tunings with the language model, of `with_plm`, `no_prompts`, `no_pretraining`, `neither`.
+        variants: which fine-tunings with the language model.
         device: cpu or cuda.
     """
 
@@ -60,7 +62,7 @@ class Options:
     pretrain: PromptPretrainConfig = field(default_factory=PromptPretrainConfig)
     finetune: PromptFinetuneConfig = field(default_factory=PromptFinetuneConfig)
     seeds: tuple[int, ...] = (0, 1, 2)
-    variants: tuple[str, ...] = ("with_plm",)
+    variants: tuple[Variant, ...] = ("with_plm",)
     device: str = "cpu"
 
 
@@ -105,9 +107,7 @@ def report(options: Options, train: int, test: int, rows: list[dict]) -> None:
         table.add_column(title, justify="right")
     for name in names:
         aucs = [row["auc"] for row in rows if row["model"] == name and "auc" in row]
-        cells = [
-            "-" if np.isnan(means[name, key]) else f"{means[name, key]:.4f}" for key in METRICS if key != "seconds"
-        ]
+        cells = ["-" if np.isnan(means[name, key]) else f"{means[name, key]:.4f}" for key in METRICS]
         spread = f"{max(aucs) - min(aucs):.4f}" if aucs else "-"
         table.add_row(name, *cells, f"{means[name, 'seconds']:.1f}", spread)
     Console(width=100).print(table)
@@ -115,7 +115,7 @@ def report(options: Options, train: int, test: int, rows: list[dict]) -> None:
         f"{key}_{name}_less_backbone": means[name, key] - means["backbone", key]
         for name in names
         if name not in ("backbone", "pretrain")
-        for key in ("auc", "log_loss", "auc_cold")
+        for key in METRICS
     }
     print(json.dumps({"benchmark": "clickprompt", "rows": rows, "ratios": ratios}))
 
