@@ -1,15 +1,20 @@
 """ClickPrompt on MovieTweetings: the backbone beside what pre-training makes of it, without and with the LM.
 
 All of a seed have the same order of rows; the backbone alone and a new CTR model begin alike. `no_prompts`,
-`no_pretraining` and `neither` are the variants of the paper's table 5, with the language model. Nothing is chosen here.
+`no_pretraining` and `neither` are the variants of the paper's table 5, with the language model; `p` is of a paired
+t-test over the seeds. Nothing is chosen here.
+
+With `--keep` every stage and every model is written when it is done, and a rerun computes only what is missing or
+depends on something that has changed; what the code does is not among these.
 """
 
 import json
 import sys
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -19,13 +24,16 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cells.click import score, train_click  # noqa: E402
+from benchmarks.cells.click import ClickCell  # noqa: E402
 from benchmarks.cells.clickprompt import finetune, pretrain, with_tokens  # noqa: E402
 from benchmarks.cells.options import LogOptions, kept_in  # noqa: E402
-from ctrdist.export import load_click_model  # noqa: E402
+from benchmarks.cells.study import Study, paired_p, processes, spread  # noqa: E402
+from ctrdist.config import to_dict  # noqa: E402
 from ctrdist.items import read_items  # noqa: E402
+from ctrdist.language import source  # noqa: E402
 from ctrdist.language.prompts import PromptConfig  # noqa: E402
 from ctrdist.row_texts import RowTextConfig  # noqa: E402
+from ctrdist.storage import Manifest, State  # noqa: E402
 from ctrdist.tasks.click import ClickConfig  # noqa: E402
 from ctrdist.tasks.prompted import PromptPretrainConfig  # noqa: E402
 from ctrdist.tasks.prompted_click import PromptFinetuneConfig  # noqa: E402
@@ -50,7 +58,9 @@ class Options:
         finetune: fine-tuning with the language model.
         seeds: one of each model each.
         variants: which fine-tunings with the language model.
-        device: cpu or cuda.
+        processes: CTR models without one at a time, a thread each; 0 is one a core.
+        keep: folder for what is done; a temporary one if not given.
+        device: cpu or cuda, for what has a language model.
     """
 
     log: LogOptions = field(default_factory=LogOptions)
@@ -63,61 +73,126 @@ class Options:
     finetune: PromptFinetuneConfig = field(default_factory=PromptFinetuneConfig)
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[Variant, ...] = ("with_plm",)
+    processes: int = 0
+    keep: Path | None = None
     device: str = "cpu"
 
 
+@dataclass
+class ClickPromptStudy(Study):
+    """The study of the table's rows.
+
+    Args:
+        options: all of them.
+    """
+
+    options: Options
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What every model scores, and what it took."""
+        seeds = dict.fromkeys(self.options.seeds)
+        yield from self.click_models("backbone", dict.fromkeys(seeds, ""))
+        starts = {}
+        for seed in seeds:
+            made = self.pretrained(seed)
+            starts[seed] = made.name
+            yield {"model": "pretrain", "seed": seed} | took(made.facts)
+        yield from self.click_models("without_plm", starts)
+        for variant in dict.fromkeys(self.options.variants):
+            for seed in seeds:
+                made = self.finetuned(variant, seed, starts[seed])
+                yield {"model": variant, "seed": seed} | scored(made.facts)
+
+    def click_models(self, name: str, starts: dict[int, str]) -> Iterator[dict[str, Any]]:
+        """CTR models without the language model, by seed from an output with a model to begin with."""
+        cells = [ClickCell(self.options.ctr, seed, name=name, start=start) for seed, start in starts.items()]
+        for cell, made in self.cells(cells).items():
+            yield {"model": name, "seed": cell.seed} | scored(made.facts)
+
+    def pretrained(self, seed: int) -> Manifest:
+        """Both models and the prompt writer after pre-training."""
+        options = self.options
+        made_of = [*self.parts, to_dict(options.pretrain), seed]
+        args = options.ctr, options.lm, options.prompts, options.pretrain, seed, options.device
+        return self.stage("pretrain", *made_of, make=partial(pretrain, self.log, *args))
+
+    def finetuned(self, variant: Variant, seed: int, start: str) -> Manifest:
+        """A fine-tuning with the language model."""
+        options, name = self.options, "" if variant in ("no_pretraining", "neither") else start
+        config = replace(options.finetune, prompts=variant not in ("no_prompts", "neither"))
+        args = options.ctr, options.lm, options.prompts, config, seed, name and self.state.local(name), options.device
+        made_of = [*self.parts, to_dict(config), seed, name]
+        return self.stage(variant, *made_of, make=partial(finetune, self.log, *args))
+
+    @property
+    def parts(self) -> list[Any]:
+        """What every model with a language model depends on."""
+        options = self.options
+        groups = [to_dict(part) for part in (options.lm, options.text, options.prompts, options.ctr)]
+        return [self.log.fingerprint, source.identity(options.lm.name), *groups]
+
+
+def took(facts: dict[str, Any]) -> dict[str, float]:
+    """What of an output's facts tells its costs."""
+    return {name: facts[name] for name in ("seconds", "ms_a_step")}
+
+
+def scored(facts: dict[str, Any]) -> dict[str, float]:
+    """What of an output's facts the table is made of."""
+    return {name: facts[name] for name in (*METRICS, "valid_auc")} | took(facts)
+
+
 def main(options: Options) -> None:
-    """Measure, print a table, and the JSON line."""
-    with kept_in(None) as folder:
+    """Compute what is missing, print the table and the JSON line."""
+    with kept_in(options.keep) as folder:
         log = options.log.open(folder, raw=True)
         log = with_tokens(log, read_items(options.log.prepared(folder), log.schema), options.lm.name, options.text)
-    log = replace(log, train=log.train.slice(round((1 - options.row_share) * log.train.num_rows)))
-    rows = []
-    for seed in options.seeds:
-        backbone, took = train_click(log, options.ctr, seed)
-        rows.append({"model": "backbone", "seed": seed} | score(log, backbone) | took)
-        with tempfile.TemporaryDirectory() as scratch:
-            start = Path(scratch)
-            parts = options.ctr, options.lm, options.prompts
-            took = pretrain(log, *parts, options.pretrain, seed, start, options.device)
-            rows.append({"model": "pretrain", "seed": seed} | took)
-            model, took = train_click(log, options.ctr, seed, start=load_click_model(start, log.schema, options.ctr))
-            rows.append({"model": "without_plm", "seed": seed} | score(log, model) | took)
-            for name in options.variants:
-                config = replace(options.finetune, prompts=name not in ("no_prompts", "neither"))
-                before = None if name in ("no_pretraining", "neither") else start
-                model, took = finetune(log, *parts, config, seed, before, options.device)
-                rows.append({"model": name, "seed": seed} | score(log, model) | took)
-        found = {row["model"]: row["auc"] for row in rows if row["seed"] == seed and "auc" in row}
-        print(seed, *(f"{name} {auc:.4f}" for name, auc in found.items()), file=sys.stderr, flush=True)
-    report(options, log.train.num_rows, log.test.num_rows, rows)
+        log = replace(log, train=log.train.slice(round((1 - options.row_share) * log.train.num_rows)))
+        with processes(log, options.processes) as pool:
+            rows = list(ClickPromptStudy(log, State(folder / "clickprompt"), pool, options).rows())
+    found = lines(rows)
+    title = f"{log.train.num_rows:,} training, {log.test.num_rows:,} test rows, {len(options.seeds)} seeds"
+    show(found, f"{title}; {options.ctr.backbone}, {options.lm.name}")
+    print(json.dumps({"benchmark": "clickprompt", "rows": rows, "ratios": ratios(found)}))
 
 
-def report(options: Options, train: int, test: int, rows: list[dict]) -> None:
-    """Print the means over seeds, and the JSON line."""
-    names = dict.fromkeys(row["model"] for row in rows)
-    means = {
-        (name, key): float(np.mean([row.get(key, np.nan) for row in rows if row["model"] == name]))
-        for name in names
-        for key in (*METRICS, "seconds")
-    }
-    table = Table(title=f"{train:,} training, {test:,} test rows; {options.ctr.backbone}, {options.lm.name}")
-    table.add_column("model")
-    for title in (*METRICS.values(), "seconds", "spread of AUC"):
-        table.add_column(title, justify="right")
-    for name in names:
-        aucs = [row["auc"] for row in rows if row["model"] == name and "auc" in row]
-        cells = ["-" if np.isnan(means[name, key]) else f"{means[name, key]:.4f}" for key in METRICS]
-        spread = f"{max(aucs) - min(aucs):.4f}" if aucs else "-"
-        table.add_row(name, *cells, f"{means[name, 'seconds']:.1f}", spread)
-    Console(width=100).print(table)
-    ratios = {
-        f"{key}_{name}_less_backbone": means[name, key] - means["backbone", key]
-        for name in names
-        if name not in ("backbone", "pretrain")
-        for key in METRICS
-    }
-    print(json.dumps({"benchmark": "clickprompt", "rows": rows, "ratios": ratios}))
+def lines(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows summed up over their seeds, by model: `auc`, `log_loss`, `auc_cold` [seeds] where it has them, `gain_...` of
+    these over the backbone of the same seed, `p_...` of a paired t-test, and mean `seconds`."""
+    out: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(row["model"] for row in rows):
+        own = [row for row in rows if row["model"] == name]
+        line: dict[str, Any] = {key: np.array([row[key] for row in own]) for key in METRICS if key in own[0]}
+        if name not in ("backbone", "pretrain"):
+            line |= {f"gain_{key}": line[key] - out["backbone"][key] for key in METRICS}
+            line |= {f"p_{key}": paired_p(line[key], out["backbone"][key]) for key in METRICS}
+        out[name] = line | {"seconds": float(np.mean([row["seconds"] for row in own]))}
+    return out
+
+
+def show(found: dict[str, dict[str, Any]], title: str) -> None:
+    """The table for people: means over the seeds and their standard deviations."""
+    table = Table(title=title)
+    for name in ("model", *METRICS.values(), "gain", "p", "gain cold", "p", "seconds"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name, line in found.items():
+        shown = [f"{line[key].mean():.4f} ± {spread(line[key]):.4f}" if key in line else "" for key in METRICS]
+        for key in ("auc", "auc_cold"):
+            gain = line.get(f"gain_{key}")
+            shown += ["", ""] if gain is None else [f"{gain.mean():+.4f}", f"{line[f'p_{key}']:.3f}"]
+        table.add_row(name, *shown, f"{line['seconds']:.0f}")
+    Console(width=120).print(table)
+
+
+def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """For machines: what each model has over the backbone in the mean."""
+    out: dict[str, float] = {}
+    for name, line in found.items():
+        for key in METRICS:
+            if f"gain_{key}" in line:
+                out[f"{key}_{name}_less_backbone"] = float(line[f"gain_{key}"].mean())
+                out[f"p_{key}_{name}"] = line[f"p_{key}"]
+    return {name: value for name, value in out.items() if value == value}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from benchmarks.cells import language
 from benchmarks.cells.log import COLD, Log
 from ctrdist.config import to_dict
+from ctrdist.export import load_click_model
 from ctrdist.loop import LoopConfig, fit
 from ctrdist.metrics import auc, log_loss
 from ctrdist.storage import State
@@ -112,6 +113,7 @@ class ClickCell:
         table: output with its text table; "" for an ID model, which leaves its item embeddings (`TARGETS`).
         fuse: the text field of a model with text.
         name: what to call it.
+        start: output with a click model to begin with; "" for a new one.
     """
 
     config: ClickConfig
@@ -119,6 +121,7 @@ class ClickCell:
     table: str = ""
     fuse: FuseConfig | None = None
     name: str = ""
+    start: str = ""
 
     @property
     def said(self) -> str:
@@ -127,12 +130,14 @@ class ClickCell:
 
     def inputs(self, log: Log) -> list[Any]:
         """All that its scores depend on."""
-        return [log.fingerprint, to_dict(self.config), self.seed, self.table, self.fuse and to_dict(self.fuse)]
+        fuse = self.fuse and to_dict(self.fuse)
+        return [log.fingerprint, to_dict(self.config), self.seed, self.table, fuse, self.start]
 
     def train(self, log: Log, state: State, out: Path) -> dict[str, Any]:
         """Train and score it; what it scores on the test rows, and what it took."""
         table = np.load(state.local(self.table) / language.TABLE, mmap_mode="r") if self.table else None
-        model, facts = train_click(log, self.config, self.seed, table, self.fuse)
+        start = load_click_model(state.local(self.start), log.schema, self.config) if self.start else None
+        model, facts = train_click(log, self.config, self.seed, table, self.fuse, start=start)
         if table is None:
             np.save(out / TARGETS, alignment_targets(model, log.schema, log.catalog).numpy())
         return score(log, model, table) | facts

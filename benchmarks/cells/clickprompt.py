@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from benchmarks.cells.click import train_task
+from benchmarks.cells.click import score, train_task
 from benchmarks.cells.log import Log
 from ctrdist.export import load_click_model
 from ctrdist.language.encode import Source
@@ -53,14 +53,14 @@ def pretrain(
     prompts: PromptConfig,
     config: PromptPretrainConfig,
     seed: int,
-    folder: Path,
     device: str,
+    out: Path,
 ) -> dict[str, float]:
-    """Pre-train as the daily job does on one worker, and write the result to a folder; what that took."""
+    """Pre-train as the daily job does on one worker, and write the result to folder `out`; what that took."""
     click = ClickModel(log.schema, log.sizes, rates(ctr, config), seed=seed)
     task = pretraining_task(click, lm, prompts, config, seed)
     took = _train(log, task, config, lm, seed, device)
-    save_prompted(task.cpu(), folder)
+    save_prompted(task.cpu(), out)
     return took
 
 
@@ -73,8 +73,9 @@ def finetune(
     seed: int,
     start: Path | None,
     device: str,
-) -> tuple[Task, dict[str, float]]:
-    """Fine-tune both models, and what that took.
+    _out: Path,
+) -> dict[str, float]:
+    """Fine-tune both models; what they score together on the test rows, and what that took.
 
     Args:
         start: folder that `pretrain` wrote; None leaves pre-training out.
@@ -82,7 +83,8 @@ def finetune(
     own = rates(ctr, config)
     click = load_click_model(start, log.schema, own) if start else ClickModel(log.schema, log.sizes, own, seed=seed)
     task = finetuning_task(click, lm, prompts, config, start, seed)
-    return task, _train(log, task, config, lm, seed, device)
+    took = _train(log, task, config, lm, seed, device)
+    return score(log, task) | took
 
 
 def _train(log: Log, task: Task, config: Any, lm: LanguageModelConfig, seed: int, device: str) -> dict[str, float]:

@@ -14,7 +14,8 @@ from ctrdist.tasks.prompted_click import PromptFinetuneConfig
 from ctrdist.text_training import LanguageModelConfig
 
 
-def test_all_variants_are_trained_and_compared_with_the_backbone(tmp_path, tiny_lm, capsys):
+def test_all_variants_are_trained_once_and_compared_with_the_backbone(tmp_path, tiny_lm, capsys, cells_here):
+    cells_here(clickprompt)
     prepare(SyntheticConfig(users=60, items=40, days=6, rows_per_day=200), str(tmp_path / "data"))
     small = BackboneConfigs(dcnv2=dcnv2.Config(hidden=(8,), dropout=0.0))
     options = clickprompt.Options(
@@ -27,10 +28,15 @@ def test_all_variants_are_trained_and_compared_with_the_backbone(tmp_path, tiny_
         pretrain=PromptPretrainConfig(epochs=1, batch_size=64),
         finetune=PromptFinetuneConfig(epochs=1, batch_size=128),
         seeds=(0,),
+        keep=tmp_path / "kept",
         variants=("with_plm", "no_prompts", "no_pretraining", "neither"),
     )
     clickprompt.main(options)
     out = capsys.readouterr().out
+    made = {path: path.read_text() for path in (tmp_path / "kept").rglob("*.json")}
+    clickprompt.main(options)
+    assert capsys.readouterr().out == out
+    assert {path: path.read_text() for path in (tmp_path / "kept").rglob("*.json")} == made
     found = json.loads(out.rstrip().splitlines()[-1])
     rows = {row["model"]: row for row in found["rows"]}
     assert list(rows) == ["backbone", "pretrain", "without_plm", *options.variants]

@@ -1,9 +1,6 @@
 """The benchmark of ELEC trains what it says: a backbone, and a pair whose vanilla network is a model of its own."""
 
 import json
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +10,6 @@ from transformers import AutoModel
 
 from benchmarks import elec
 from benchmarks.cells import language, study
-from benchmarks.cells.log import Log
 from benchmarks.cells.options import LogOptions
 from ctrdist.datasets.synthetic import SyntheticConfig, prepare
 from ctrdist.errors import UserError
@@ -26,26 +22,10 @@ from ctrdist.tasks.pretrain import PretrainConfig
 from ctrdist.text_training import LanguageModelConfig
 
 
-class Here(Executor):
-    """A pool that is this process."""
-
-    def submit(self, function, *arguments) -> Future:
-        done: Future = Future()
-        done.set_result(function(*arguments))
-        return done
-
-
-@contextmanager
-def here(log: Log, _count: int) -> Iterator[Here]:
-    study.LOG = log
-    yield Here()
-
-
 @pytest.fixture
-def options(tmp_path: Path, tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> elec.Options:
+def options(tmp_path: Path, tiny_lm: Path, cells_here) -> elec.Options:
     prepare(SyntheticConfig(users=60, items=40, days=6, rows_per_day=300), str(tmp_path / "data"))
-    monkeypatch.setattr(study, "LOG", None, raising=False)
-    monkeypatch.setattr(elec, "processes", here)
+    cells_here(elec)
     return elec.Options(
         log=LogOptions(tmp_path / "data", date="2024-01-04", train_days=4, test_days=2),
         lm=LanguageModelConfig(name=str(tiny_lm), precision="float32"),
