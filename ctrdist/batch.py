@@ -9,10 +9,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ctrdist.encode import FILLER, ITEM, TEXT_ROW, VECTOR, list_parts, vectors_of
+from ctrdist.encode import FILLER, ITEM, TEXT_ROW, VECTOR, vectors_of
 from ctrdist.items import Catalog, Ragged
 from ctrdist.language.tokens import TokenBatch, pad
 from ctrdist.schema import HISTORY, LABEL, MULTI, Schema
+from ctrdist.serving.fields import list_parts
 from ctrdist.vocabulary import FIRST_ROW, PADDING, UNKNOWN
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ctrdist.encode import list_parts
 from ctrdist.fields import Encoder, new_encoder
 from ctrdist.items import Catalog
 from ctrdist.log import REASONS, Part, RowGroup, find_faults, first_row, read_row_group
 from ctrdist.numeric import Sample, add_samples, sample_values, to_numbers
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, SPLIT, USER_ID, Schema
+from ctrdist.serving.fields import list_parts
 from ctrdist.storage import filesystem
 from ctrdist.vocabulary import UNKNOWN, Counts, add_counts, sum_counts, to_keys
 
