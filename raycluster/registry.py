@@ -134,19 +134,27 @@ def register(day: Day, written: Manifest) -> str:
         mlflow.set_tracking_uri(day.tracker.uri)
         with mlflow.start_run(run_id=day.run_id):
             info = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(Path(__file__).with_name("serving_model.py")),
-                artifacts={SERVING: str(folder)},
-                code_paths=[code],
-                signature=signature(day, loaded),
-                input_example=example,
-                pip_requirements=[f"{package}=={version(package)}" for package in REQUIRED],
+                name="model", signature=signature(day, loaded), input_example=example, **pyfunc_parts(folder, code)
             )
         labels = {"release": content, "date": str(day.date)}
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         made = client.create_model_version(name, info.model_uri, day.run_id, labels, model_id=info.model_id)
     return f"{name} version {made.version}"
+
+
+def pyfunc_parts(artifact: Path, code: str) -> dict[str, Any]:
+    """What MLflow's pyfunc flavor is given of a served artifact: a file of code, and no object to pickle.
+
+    Args:
+        code: what `serving_code` gives.
+    """
+    return {
+        "python_model": str(Path(__file__).with_name("serving_model.py")),
+        "artifacts": {SERVING: str(artifact)},
+        "code_paths": [code],
+        "pip_requirements": [f"{package}=={version(package)}" for package in REQUIRED],
+    }
 
 
 def signature(day: Day, release: ServedModel) -> Any:
