@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from ctrdist.errors import UserError
 from ctrdist.items import require_columns
+from ctrdist.log import with_reasons
 from ctrdist.schema import ITEM_ID, USER_ID
 from ctrdist.serving.model import ServedModel
 from ctrdist.storage import filesystem, fingerprint, write_whole
@@ -87,16 +88,24 @@ def score_file(job: Job, model: ServedModel, keep: tuple[str, ...] = ()) -> Scor
                 for batch in file.iter_batches(READ, columns=given):
                     table = pa.Table.from_batches([batch])
                     reasons = _reasons(table)
-                    good = table.filter(pc.is_null(reasons))
-                    if good.num_rows < table.num_rows:
-                        bad.append(_set_aside(table, reasons, job.source, first))
-                    parts = [model.predict(good.slice(at, SCORED)) for at in range(0, good.num_rows, SCORED)]
-                    scores = pa.array(np.concatenate(parts) if parts else np.empty(0, np.float32))
+                    good, at = table.filter(pc.is_null(reasons)), np.flatnonzero(pc.is_valid(reasons).to_numpy(False))
+                    if len(at):
+                        said = reasons.take(pa.array(at)).to_pylist()
+                        bad.append(with_reasons(table, at, said, job.source, first))
+                    scores = pa.array(_predict(model, good, job.source))
                     writer.write_table(good.select(told).append_column(PROBABILITY, scores).cast(writer.schema))
                     first, rows = first + table.num_rows, rows + good.num_rows
                 writer.add_key_value_metadata({MARK: mark.encode(), BAD_ROWS: str(first - rows).encode()})
             _write_quarantine(job.quarantine, bad)
     return Scored(rows, first - rows, before=False)
+
+
+def _predict(model: ServedModel, rows: pa.Table, path: str) -> np.ndarray:
+    try:
+        parts = [model.predict(rows.slice(start, SCORED)) for start in range(0, rows.num_rows, SCORED)]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
 
 def open_parquet(stream: pa.NativeFile, path: str) -> pq.ParquetFile:
@@ -126,12 +135,6 @@ def _reasons(table: pa.Table) -> pa.Array:
         if name in table.column_names:
             reasons = pc.if_else(pc.is_null(table[name].combine_chunks()), f"null {name}", reasons)
     return reasons
-
-
-def _set_aside(table: pa.Table, reasons: pa.Array, path: str, first: int) -> pa.Table:
-    bad = np.flatnonzero(reasons.is_valid().to_numpy(zero_copy_only=False))
-    out = table.take(pa.array(bad)).append_column("reason", reasons.take(pa.array(bad)))
-    return out.append_column("file", pa.array([path] * len(bad))).append_column("row", pa.array(first + bad))
 
 
 def _write_quarantine(target: str, bad: list[pa.Table]) -> None:

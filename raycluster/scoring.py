@@ -9,12 +9,13 @@ from typing import Any
 
 import ray.data
 from ray.data import ActorPoolStrategy
+from ray.exceptions import RayError
 
 from ctrdist.errors import UserError
 from ctrdist.scoring import Job, Scored, score_file
 from ctrdist.serving.model import ServedModel, find_artifact
 from ctrdist.storage import fingerprint
-from raycluster.cluster import Plan
+from raycluster.cluster import Plan, user_error
 from raycluster.tracking import masked, mlflow_quiet
 
 
@@ -120,7 +121,10 @@ def score_files(
         fn_constructor_kwargs={"source": source, "keep": keep, "threads": plan.threads},
     )
     found = []
-    for row in done.iter_rows():
-        found.append(Scored(**row))
-        progress(len(found), len(jobs))
+    try:
+        for row in done.iter_rows():
+            found.append(Scored(**row))
+            progress(len(found), len(jobs))
+    except RayError as error:
+        raise user_error(error) or error from None
     return found

@@ -35,7 +35,7 @@ from ctrdist.serving.fields import (
 )
 from ctrdist.serving.graphs import load_graph
 from ctrdist.serving.ragged import Column, changes, load_column, take
-from ctrdist.serving.vectors import gathered, mapped
+from ctrdist.serving.vectors import gathered, mapped, rows_of
 from ctrdist.serving.vocabulary import Ids
 
 FORMAT = 1
@@ -201,12 +201,12 @@ class ServedModel:
         count, columns = len(rows), self.items.shape[2]
         vectors = [gathered(self.tables[field.name], rows.fields[field.name]) for field in self.fields]
         fields = torch.stack(vectors, 1) if vectors else torch.zeros(count, 0, columns)
-        history = torch.from_numpy(np.ascontiguousarray(rows.history))
+        history = rows_of(rows.history)
         vectors = self.items.index_select(0, history.flatten())
         return fields, vectors.view(*history.shape, *self.items.shape[1:]), history != 0
 
     def _items(self, items: np.ndarray) -> Tensor:
-        return self.items.index_select(0, torch.from_numpy(np.ascontiguousarray(items)))
+        return self.items.index_select(0, rows_of(items))
 
 
 def find_artifact(folder: Path) -> Path:

@@ -24,13 +24,17 @@ def gathered(table: Tensor, values: Column) -> Tensor:
         values: int32 [n], a `Ragged` of n bags, or float32 [n].
     """
     if isinstance(values, Ragged):
-        offsets = torch.from_numpy(np.ascontiguousarray(values.offsets))
-        return bag_mean(table[torch.from_numpy(values.values.astype(np.int64))], offsets)
+        return bag_mean(table.index_select(0, rows_of(values.values)), rows_of(values.offsets))
     if values.dtype.kind == "f":
         known = ~np.isnan(values)
         factors = torch.from_numpy(np.where(known, values, 1).astype(np.float32))
         return table[torch.from_numpy(np.where(known, FIRST_ROW, UNKNOWN))] * factors.unsqueeze(1)
-    return table.index_select(0, torch.from_numpy(np.ascontiguousarray(values)))
+    return table.index_select(0, rows_of(values))
+
+
+def rows_of(values: np.ndarray) -> Tensor:
+    """Rows as PyTorch takes them: a copy, since NumPy's may be read-only."""
+    return torch.from_numpy(np.array(values, order="C"))
 
 
 def bag_mean(values: Tensor, offsets: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""Batch scoring, whole: resumed after a crash, by a folder; by the registry see `test_train`."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ctrdist.errors import UserError
+from ctrdist.serving.model import ServedModel
+from jobs import score as JOB
+from raycluster import cli
+
+ROOT = Path(__file__).parents[2]
+COLUMNS = ["user_id", "item_id", "hour", "tags", "history"]
+
+
+@pytest.fixture
+def options(small_log: Path, small_artifact: Path, tmp_path: Path) -> JOB.ScoreOptions:
+    """Three files of the log, one of them in a folder of its own."""
+    days = [path for path in sorted((small_log / "interactions").rglob("*.parquet")) if "01-04" not in str(path)]
+    for number, path in enumerate(days[:3]):
+        target = tmp_path / "in" / ("inner" if number == 2 else "") / f"{number}.parquet"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pq.ParquetFile(path).read().select(COLUMNS), target)
+    return JOB.ScoreOptions(input=str(tmp_path / "in"), output=str(tmp_path / "out"), model=str(small_artifact))
+
+
+def test_a_run_that_was_cut_off_goes_on(ray_cluster, options, small_artifact, capsys):
+    broken = Path(options.input) / "1.parquet"
+    table = pq.read_table(broken)
+    pq.write_table(table.set_column(0, "user_id", pa.array([7] * table.num_rows)), broken)
+    with pytest.raises(UserError, match="1.parquet: column 'user_id': ids are integers, but strings before"):
+        JOB.run(options)
+    out = Path(options.output)
+    assert not (out / "1.parquet").exists()
+    pq.write_table(table, broken)
+    JOB.run(options)
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")}
+    assert {path.relative_to(out).as_posix() for path in written} == {"0.parquet", "1.parquet", "inner/2.parquet"}
+    model = ServedModel(small_artifact)
+    for path in written:
+        rows, found = pq.read_table(Path(options.input) / path.relative_to(out)), pq.read_table(path)
+        assert found["item_id"].equals(rows["item_id"])
+        np.testing.assert_allclose(found["probability"], model.predict(rows), atol=1e-6)
+    assert "3 files with" in capsys.readouterr().out
+    JOB.run(options)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.parquet")} == written
+    # Rows without an item are set aside, and the run says so in the end.
+    pq.write_table(table.set_column(1, "item_id", pa.nulls(table.num_rows, pa.string())), broken)
+    with pytest.raises(UserError, match=r"\d of \d\d rows have no user or no item: more than --max-bad-fraction 0.01"):
+        JOB.run(options)
+    assert pq.read_table(out / "_quarantine" / "1.parquet").num_rows == table.num_rows
+    assert pq.read_table(out / "1.parquet").num_rows == 0
+    assert written.items() > {p: p.stat().st_mtime_ns for p in (out / "0.parquet", out / "inner" / "2.parquet")}.items()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"input": ""}, "--input is missing"),
+        ({"model": ""}, "--model is missing"),
+        ({"model": "/no/release"}, "--model /no/release: no such folder"),
+        ({"model": "models:/cela@champion"}, "--model models:/cela@champion: give --tracking-uri, or the --state"),
+        ({"input": "/no/requests/*.parquet"}, "--input /no/requests/.*: no Parquet files there"),
+        ({"keep": ("our",)}, "0.parquet: no column 'our'; did you mean 'hour'"),
+        ({"max_bad_fraction": 2.0}, "--max-bad-fraction 2.0: a share from 0 to 1"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_scored(options, changed, said):
+    with pytest.raises(UserError, match=said):
+        JOB.run(replace(options, **changed))
+
+
+def test_scored_files_are_not_taken_for_requests(options):
+    with pytest.raises(UserError, match="--output .*: within --input"):
+        JOB.run(replace(options, output=f"{options.input}/scores"))
+
+
+def test_a_model_that_is_not_registered(options, tmp_path):
+    import mlflow
+
+    mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").create_registered_model("cela")
+    with pytest.raises(UserError, match="--model models:/cela@champion: not in the registry at sqlite.*champion"):
+        JOB.run(replace(options, model="models:/cela@champion", state=str(tmp_path)))
+
+
+def test_help_lists_every_option():
+    done = subprocess.run([sys.executable, ROOT / "jobs" / "score.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for option in ("--input", "--output", "--model", "--state", "--tracking-uri", "--keep", "--max-bad-fraction"):
+        assert option in done.stdout
+
+
+def test_a_user_error_ends_the_job_without_a_trace(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(lambda: JOB.run(cli.parse(JOB.ScoreOptions(), "", [])))
+    assert stop.value.code == 1 and "--input is missing" in capsys.readouterr().err
