@@ -286,7 +286,7 @@ def show(rows: list[dict[str, Any]], options: Options) -> None:
         table.add_row(name, f"{found['candidates']:,}", *numbers, f"{times:.2f}")
     console = Console(width=120)
     console.print(table)
-    console.print(f"* {options.lm} reads every candidate's text: compare by µs a candidate (each)")
+    console.print(f"* {options.lm} reads every candidate's text: compare by µs a candidate")
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from ctrdist.schema import HISTORY
 from ctrdist.served import write_served
 from ctrdist.serving.model import SERVING, ServedModel
 from ctrdist.storage import Manifest, fingerprint
+from ctrdist.tasks.click import ClickModel
 from ctrdist.text_table import FACTS, TABLE, load_text_table
 from raycluster import ingest, reporting
 from raycluster.day import Day, say
@@ -68,27 +69,25 @@ def write_release(
             shutil.copytree(source / part, folder / part)
         for name, (output, text) in models.items():
             (folder / name).mkdir()
-            save_click_model(
-                load_click_model(state.local(output.name), day.schema), folder / name, optimizer_state=False
-            )
-            if text and name == served:
-                for part in (TABLE, FACTS):
+            model = load_click_model(state.local(output.name), day.schema)
+            save_click_model(model, folder / name, optimizer_state=False)
+            if name == served:
+                write_artifact(day, read, model, text, folder / SERVING)
+                for part in (TABLE, FACTS) if text else ():
                     shutil.copy(state.local(text.name) / part, folder)
         text = models[served][1]
-        write_artifact(day, read, *models[served], folder / SERVING)
         (folder / SERVES).write_text(json.dumps({"serves": served, "text_model": text and text.facts["model"]}))
         write_report(report, folder)
     publish(day)
     return state.find(day.release)
 
 
-def write_artifact(day: Day, read: Manifest, output: Manifest, text: Manifest | None, folder: Path) -> None:
-    """Write what is served of a click model's output and its text table's (`ctrdist.served`)."""
+def write_artifact(day: Day, read: Manifest, model: ClickModel, text: Manifest | None, folder: Path) -> None:
+    """Write what is served of a click model and its text table's output (`ctrdist.served`)."""
     reader = LogReader(day.options.data, day.state.uri, read.name)
     schema, encoders, catalog = reader.open()
     vectors = load_text_table(text and day.state.local(text.name), rows=catalog.size, catalog=catalog.ids.fingerprint())
     users = ingest.latest_users(reader, day.groups(day.window.train + day.window.valid + day.window.test))
-    model = load_click_model(day.state.local(output.name), schema)
     write_served(folder, model, schema, encoders, catalog, vectors, users, day.options.compile_release)
 
 

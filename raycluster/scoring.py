@@ -9,13 +9,12 @@ from typing import Any
 
 import ray.data
 from ray.data import ActorPoolStrategy
-from ray.exceptions import RayError
 
 from ctrdist.errors import UserError
 from ctrdist.scoring import Job, Scored, score_file
 from ctrdist.serving.model import ServedModel, find_artifact
 from ctrdist.storage import fingerprint
-from raycluster.cluster import Plan, user_error
+from raycluster.cluster import Plan
 from raycluster.tracking import masked, mlflow_quiet
 
 
@@ -98,7 +97,11 @@ class FileScorer:
         self.model, self.keep = ServedModel(source.local()), keep
 
     def __call__(self, job: dict[str, str]) -> dict[str, Any]:
-        return asdict(score_file(Job(**job), self.model, self.keep))
+        """What became of a file (`Scored`), and `error`, what is wrong with it: one does not stop the others."""
+        try:
+            return asdict(score_file(Job(**job), self.model, self.keep)) | {"error": ""}
+        except UserError as error:
+            return asdict(Scored(rows=0, bad=0, before=False)) | {"error": str(error)}
 
 
 def score_files(
@@ -111,7 +114,7 @@ def score_files(
         progress: called with (files done, files in all) after each.
 
     Raises:
-        UserError: the first that an actor raises; files that are done by then stay.
+        UserError: something is wrong with a file; all others are scored.
     """
     size = min(plan.workers, len(jobs))
     done = ray.data.from_items([asdict(job) for job in jobs], override_num_blocks=len(jobs)).map(
@@ -120,11 +123,12 @@ def score_files(
         compute=ActorPoolStrategy(size=size),
         fn_constructor_kwargs={"source": source, "keep": keep, "threads": plan.threads},
     )
-    found = []
-    try:
-        for row in done.iter_rows():
-            found.append(Scored(**row))
-            progress(len(found), len(jobs))
-    except RayError as error:
-        raise user_error(error) or error from None
+    found, wrong = [], []
+    for row in done.iter_rows():
+        error = row.pop("error")
+        (wrong if error else found).append(error or Scored(**row))
+        progress(len(found) + len(wrong), len(jobs))
+    if wrong:
+        others = f" {len(wrong) - 1} other files are wrong too." if len(wrong) > 1 else ""
+        raise UserError(f"{wrong[0]}.{others} Mend them and run again: {len(found)} of {len(jobs)} files are scored")
     return found
