@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict
@@ -22,8 +23,10 @@ from ctrdist.serving.ragged import Column, save_column, take
 from ctrdist.serving.vocabulary import Ids
 from ctrdist.tasks.click import ClickModel
 
-COMPILER = {"freezing": True, "cpp.dynamic_threads": True}
-"""Of Inductor: weights are constants, laid out as the processor wants them; the number of threads is the server's."""
+COMPILER = {"freezing": True, "cpp.dynamic_threads": True, "compile_threads": 1}
+"""Of Inductor: weights are constants, laid out as the processor wants them; the number of threads is the server's; and
+no processes of its own stay behind."""
+log = logging.getLogger(__name__)
 
 
 def write_served(
@@ -72,10 +75,19 @@ def compiler() -> str | None:
 
 
 def compile_graph(program: torch.export.ExportedProgram, folder: Path, name: str) -> None:
-    """Compile an exported graph (AOTInductor) to `<name>.compiled.pt2`, and say for which machines."""
+    """Compile an exported graph (AOTInductor) to `<name>.compiled.pt2`, and say for which machines.
+
+    Where the compiler fails, a warning says so, and there is none: a release does without.
+    """
     path = folder / COMPILED.format(name)
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=COMPILER)
-    (folder / BUILT_FOR).write_text(json.dumps(machine()))
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=COMPILER)
+    except Exception as error:  # a compiler without headers, a graph that Inductor cannot lower: all are its own
+        path.unlink(missing_ok=True)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log.warning("the release is not compiled, and served at about half the speed: %s", reason)
+    else:
+        (folder / BUILT_FOR).write_text(json.dumps(machine()))
 
 
 def _without_growth(ids: Ids) -> Ids:

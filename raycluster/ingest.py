@@ -23,7 +23,7 @@ from ctrdist.scan import IdsOf, Scan, scan_row_group, sum_scans
 from ctrdist.schema import USER_ID, Schema
 from ctrdist.serving.ragged import Column
 from ctrdist.storage import State
-from ctrdist.users import latest_values, read_users, user_fields
+from ctrdist.users import latest, latest_values, read_users, user_fields
 from raycluster.cluster import in_parallel
 
 
@@ -176,13 +176,17 @@ def latest_users(reader: LogReader, groups: list[RowGroup]) -> dict[str, Column]
     if not user_fields(schema):
         return {}
     whole = dict.fromkeys(replace(group, split="", good=None) for group in groups)  # a group may be in several splits
-    calls = [(reader, group, number) for number, group in enumerate(whole)]
+    calls, first = [], 0
+    for part in _pieces(list(whole)):
+        calls.append((reader, part, first))
+        first += len(part)
     return latest_values(in_parallel(_users, calls, cpus=0.5), schema, encoders[USER_ID].size)
 
 
-def _users(reader: LogReader, group: RowGroup, number: int) -> pa.Table:
+def _users(reader: LogReader, part: list[RowGroup], first: int) -> pa.Table:
     schema, encoders, _ = reader.open()
-    return read_users(reader.data, group, number, schema, encoders)
+    found = [read_users(reader.data, group, first + n, schema, encoders) for n, group in enumerate(part)]
+    return latest(pa.concat_tables(found))
 
 
 def _pieces(groups: list[RowGroup], rows: int = 65536) -> list[list[RowGroup]]:

@@ -14,7 +14,7 @@ from ctrdist.errors import UserError
 from ctrdist.scoring import Job, Scored, score_file
 from ctrdist.serving.model import ServedModel, find_artifact
 from ctrdist.storage import fingerprint
-from raycluster.cluster import Plan
+from raycluster.cluster import Plan, absolute, check_path
 from raycluster.tracking import masked, mlflow_quiet
 
 
@@ -65,9 +65,10 @@ def find_model(model: str, tracking_uri: str | None, state: str) -> ModelSource:
         UserError: there is no such folder or model, or nothing says where the registry is.
     """
     if not model.startswith("models:/"):
+        check_path("--model", model)
         if not Path(model).is_dir():
             raise UserError(f"--model {model}: no such folder; name a release's, or a registered models:/NAME@champion")
-        return ModelSource(str(find_artifact(Path(model))))
+        return ModelSource(str(find_artifact(Path(absolute(model)))))
     database = Path(state) / "mlflow.db"
     if not tracking_uri and not (state and database.exists()):
         raise UserError(f"--model {model}: give --tracking-uri, or the --state of the job that registered it")

@@ -279,6 +279,18 @@ def test_a_compiled_graph_serves_where_it_fits(tmp_path: Path, monkeypatch, capl
     np.testing.assert_allclose(other.predict_request(asked, items), expected, atol=1e-6)
 
 
+def test_a_release_does_without_a_compiler_that_fails(tmp_path: Path, monkeypatch, caplog):
+    def fails(_program, package_path: str, **_options) -> None:
+        Path(package_path).write_text("half")
+        raise RuntimeError("no such header\nand more")
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fails)
+    with caplog.at_level(logging.WARNING):
+        served.compile_graph(None, tmp_path, "request")
+    assert caplog.messages == ["the release is not compiled, and served at about half the speed: no such header"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_machine_misses():
     here = machine()
     assert misfit(here) == "" and misfit(here | {"instructions": here["instructions"][1:]}) == ""
