@@ -14,7 +14,7 @@ import torch
 from ctrdist import served
 from ctrdist.backbones import NAMES
 from ctrdist.errors import UserError
-from ctrdist.export import Release, save_click_model
+from ctrdist.export import DensePart, Release, export_dense, save_click_model
 from ctrdist.fields import save_encoders
 from ctrdist.items import Catalog, build_catalog, grow_catalog_ids
 from ctrdist.numeric import Numeric
@@ -108,11 +108,26 @@ def din(tmp_path_factory) -> Path:
     return folder
 
 
-VARIANTS = [(name, True, {}) for name in NAMES] + [("fm", False, {}), ("din", False, {"widths": ("genres=3", "age=2")})]
+@pytest.fixture
+def graphs_in_memory(monkeypatch) -> None:
+    """Only a request's graph is exported, and none is written: each network's is for rows in `tasks/test_distill`."""
+    kept = {}
+
+    def export(model: ClickModel, history_length: int, one_user: bool = False) -> torch.nn.Module:
+        return export_dense(model, history_length, True).module() if one_user else DensePart(model)
+
+    monkeypatch.setattr("ctrdist.served.export_dense", export)
+    monkeypatch.setattr("torch.export.save", lambda graph, path: kept.update({path.name: graph}))
+    monkeypatch.setattr("ctrdist.serving.model.load_graph", lambda _folder, name: kept[f"{name}.pt2"])
+
+
+VARIANTS = [(name, True, {}) for name in NAMES] + [("dnn", False, {"widths": ("genres=3", "age=2")})]
 
 
 @pytest.mark.parametrize(("name", "text", "config"), VARIANTS, ids=[f"{n}-{t}" for n, t, _ in VARIANTS])
-def test_what_is_served_scores_as_the_release_does(name: str, text: bool, config: dict, tmp_path: Path):
+def test_what_is_served_scores_as_the_release_does(
+    name: str, text: bool, config: dict, tmp_path: Path, graphs_in_memory
+):
     made(tmp_path, name, text, **config)
     release, model, asked = Release(tmp_path), ServedModel(tmp_path), rows()
     expected = release.predict(asked)
@@ -130,7 +145,7 @@ def test_what_is_served_scores_as_the_release_does(name: str, text: bool, config
 
 
 @pytest.mark.parametrize("on", ["target", "behaviours"])
-def test_text_on_one_side_only(on: str, tmp_path: Path):
+def test_text_on_one_side_only(on: str, tmp_path: Path, graphs_in_memory):
     made(tmp_path, "dnn", True, fuse=FuseConfig(hidden=(), scale=1.0, on=on))
     np.testing.assert_allclose(ServedModel(tmp_path).predict(rows()), Release(tmp_path).predict(rows()), atol=1e-6)
 
