@@ -5,10 +5,13 @@ model answers in a process of its own, all the same requests in turns, round by 
 answered once before the clock starts. The networks have the sizes of the log's vocabularies, are written and read as a
 release's are, and their weights are random: no number here depends on them.
 
-`vanilla` is what ELEC releases, `backbone` the same network trained alone (the ID model), `cela` the network with a
-text table. `gain` finds the vector of each row in memory; `gain_lm` and `m_llm` have the language model read each
-candidate's text with the user's, of fewer candidates: compare these by the time a candidate, which for a network falls
-with their number.
+`vanilla` is what ELEC releases, `clickprompt` what ClickPrompt does (without the language model), `backbone` the same
+network trained alone (the ID model), `cela` the network with a text table: each as PyTorch runs it. `ours_...` is the
+same network as it is served (`ctrdist.serving`): the item side is looked up as the network takes it, the user's side is
+computed once a request, and the rest is a compiled graph, if there is a C++ compiler.
+
+`gain` finds the vector of each row in memory; `gain_lm` and `m_llm` have the language model read each candidate's text
+with the user's, of fewer candidates: compare these by the time a candidate, which falls with the number for a network.
 
 In the paper, on Amazon, the gain network takes 2.1 times the vanilla one's time with RoBERTa, 8.4 times with Qwen2-7B.
 """
@@ -40,6 +43,7 @@ from benchmarks.cells.latency import (  # noqa: E402
     answer_in_turns,
     draw_requests,
     scorer,
+    server,
     summary,
     time_requests,
 )
@@ -55,11 +59,15 @@ from ctrdist.items import Catalog, by_catalog_row, read_items  # noqa: E402
 from ctrdist.language.encode import EncodeConfig, Encoder, Source  # noqa: E402
 from ctrdist.language.source import DEFAULT  # noqa: E402
 from ctrdist.schema import Schema  # noqa: E402
+from ctrdist.served import write_served  # noqa: E402
+from ctrdist.serving.model import ServedModel  # noqa: E402
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig  # noqa: E402
 from ctrdist.tasks.distill import Distillation, DistillConfig  # noqa: E402
 from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel  # noqa: E402
 
-MODELS = ("backbone", "vanilla", "cela", "gain", "gain_lm", "m_llm")
+OURS = "ours_"
+NETWORKS = ("backbone", "vanilla", "clickprompt", "cela")
+MODELS = (*NETWORKS, *(OURS + name for name in NETWORKS), "gain", "gain_lm", "m_llm")
 RUNS_LM = ("gain_lm", "m_llm")
 VECTORS, TEXTS = "vectors.npy", "text_table.npy"
 
@@ -107,15 +115,18 @@ def write_models(log: Log, options: Options, folder: Path) -> None:
     pair = Distillation.build(log.schema, log.sizes, options.ctr, DistillConfig(), options.m_llm.hidden[-1], seed)
     pair.gain.join.reset_parameters()  # at first it leaves the vector out
     models = {"backbone": ClickModel(log.schema, log.sizes, options.ctr, seed=seed)}
-    models |= {"vanilla": pair.vanilla, "gain": pair.gain}
+    models |= {"vanilla": pair.vanilla, "gain": pair.gain, "clickprompt": models["backbone"]}
     models["cela"] = ClickModel(log.schema, log.sizes, options.ctr, width, options.fuse, seed)
-    for name, model in models.items():
-        (folder / name).mkdir()
-        save_click_model(model, folder / name, optimizer_state=False)
     ModifiedLanguageModel(width, False, options.m_llm, seed).save(folder)
     draw = np.random.default_rng(seed)
     for file, dim in ((VECTORS, pair.gain.vector_dim), (TEXTS, width)):
         np.save(folder / file, draw.normal(size=(log.catalog.size, dim)).astype(np.float16))
+    texts = np.load(folder / TEXTS)
+    for name, model in models.items():
+        (folder / name).mkdir()
+        save_click_model(model, folder / name, optimizer_state=False)
+        if OURS + name in options.models:
+            write_served(folder / (OURS + name), model.eval(), log.schema, log.encoders, log.catalog, texts)
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,10 @@ class Server:
         """A network by itself; with a text table, if it takes texts."""
         model = load_click_model(self.folder / name, self.schema)
         return scorer(self.schema, self.catalog, model, np.load(self.folder / TEXTS) if model.text_dim else None)
+
+    def ours(self, name: str) -> Score:
+        """A network as it is served."""
+        return server(self.schema, ServedModel(self.folder / name))
 
     def gain(self) -> Score:
         """The gain network; a row's vector is found by its item, as one of memory."""
@@ -184,6 +199,8 @@ class Server:
     def ready(self, name: str) -> Score:
         """What answers as the model `name`."""
         special = {"gain": self.gain, "gain_lm": self.gain_lm, "m_llm": self.m_llm}
+        if name.startswith(OURS):
+            return self.ours(name)
         return special[name]() if name in special else self.network(name)
 
 
@@ -234,9 +251,10 @@ def row(name: str, ms: np.ndarray, candidates: int) -> dict[str, Any]:
 
     Returns:
         Its `candidates` and `requests`; `p50_ms`, `p99_ms`, `mean_ms` and `sd_ms` of a request; `round_sd_ms`, the
-        standard deviation of the rounds' medians; `us_a_candidate`, of the median.
+        standard deviation of the rounds' medians; `requests_s`, answered one after another in a second;
+        `us_a_candidate`, of the median.
     """
-    told = summary(ms) | {"round_sd_ms": spread(np.median(ms, 1))}
+    told = summary(ms) | {"round_sd_ms": spread(np.median(ms, 1)), "requests_s": 1e3 / float(ms.mean())}
     told["us_a_candidate"] = told["p50_ms"] * 1e3 / candidates
     return {"model": name, "candidates": candidates, "requests": ms.size} | told
 
@@ -246,27 +264,44 @@ def show(rows: list[dict[str, Any]], options: Options) -> None:
     threads = options.threads or torch.get_num_threads()
     table = Table(title=f"{options.ctr.backbone}, {rows[0]['requests']} requests in {options.rounds} rounds, {threads} "
                         "threads")  # fmt: skip
-    names = ("model", "candidates", "p50 ms", "p99 ms", "mean", "sd", "sd of rounds", "µs a candidate", "times")
+    names = (
+        "model",
+        "candidates",
+        "p50 ms",
+        "p99 ms",
+        "mean",
+        "sd",
+        "sd of rounds",
+        "requests/s",
+        "µs a candidate",
+        "times",
+    )
     for name in names:
         table.add_column(name, justify="left" if name == "model" else "right")
     for found in rows:
         name = found["model"] + (" *" if found["model"] in RUNS_LM else "")
         numbers = [f"{found[key]:.2f}" for key in ("p50_ms", "p99_ms", "mean_ms", "sd_ms", "round_sd_ms")]
+        numbers += [f"{found['requests_s']:.1f}", f"{found['us_a_candidate']:.1f}"]
         times = found["us_a_candidate"] / rows[0]["us_a_candidate"]
-        table.add_row(name, f"{found['candidates']:,}", *numbers, f"{found['us_a_candidate']:.1f}", f"{times:.2f}")
-    console = Console(width=110)
+        table.add_row(name, f"{found['candidates']:,}", *numbers, f"{times:.2f}")
+    console = Console(width=120)
     console.print(table)
     console.print(f"* {options.lm} reads every candidate's text: compare by µs a candidate")
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """For machines: each model's time a candidate over that of the first one, at the median and the 99th percentile."""
-    first, *others = rows
+    """For machines: times a candidate, at the median and the 99th percentile: each model's over that of the first one,
+    of what is served over the same network's in PyTorch, and over the ID model's as it is served."""
+    by_name = {found["model"]: found for found in rows}
+    pairs = [(name, rows[0]["model"]) for name in by_name]
+    pairs += [(name, name.removeprefix(OURS)) for name in by_name if name.startswith(OURS)]
+    pairs += [(name, f"{OURS}backbone") for name in by_name if name.startswith(OURS)]
     out = {}
-    for found in others:
-        for key in ("p50", "p99"):
-            own, its = (each[f"{key}_ms"] / each["candidates"] for each in (found, first))
-            out[f"{found['model']}_over_{first['model']}_{key}"] = own / its
+    for name, other in dict.fromkeys(pairs):
+        if name != other and other in by_name:
+            for key in ("p50", "p99"):
+                own, its = (by_name[each][f"{key}_ms"] / by_name[each]["candidates"] for each in (name, other))
+                out[f"{name}_over_{other}_{key}"] = own / its
     return out
 
 

@@ -9,10 +9,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ctrdist.encode import FILLER, ITEM, TEXT_ROW, VECTOR, list_parts, vectors_of
+from ctrdist.encode import FILLER, ITEM, TEXT_ROW, VECTOR, vectors_of
 from ctrdist.items import Catalog, Ragged
 from ctrdist.language.tokens import TokenBatch, pad
 from ctrdist.schema import HISTORY, LABEL, MULTI, Schema
+from ctrdist.serving.fields import list_parts
+from ctrdist.serving.ragged import Column
 from ctrdist.vocabulary import FIRST_ROW, PADDING, UNKNOWN
 
 if TYPE_CHECKING:
@@ -136,21 +138,12 @@ def collate(
     if filler.any():
         table = table.filter(pa.array(~filler))
     table = table.combine_chunks()
-    row_fields = {}
-    for field in schema.row_fields:
-        column = table[field.name].combine_chunks()
-        if field.kind == MULTI:
-            offsets, flat = list_parts(column)
-            row_fields[field.name] = Ragged(flat.to_numpy(), offsets)
-        else:
-            row_fields[field.name] = column.to_numpy()
-    length = schema.history_length
-    history = table[HISTORY].combine_chunks().flatten().to_numpy() if length else np.empty(0, np.int32)
+    row_fields, history = row_columns(table, schema)
     batch = join_items(
         table[LABEL].to_numpy(),
         row_fields,
         table[ITEM].to_numpy(),
-        history.reshape(table.num_rows, length),
+        history,
         {field.name: catalog.fields[field.name] for field in schema.item},
         None if own_texts else text_table,
     )
@@ -162,6 +155,21 @@ def collate(
         tokens, numbers = row_texts.tokens(table)
         batch.tokens = pad(tokens, numbers, row_texts.padding)
     return batch
+
+
+def row_columns(table: pa.Table, schema: Schema) -> tuple[dict[str, Column], np.ndarray]:
+    """User and context fields of encoded rows by name, and their histories, int32 [n, T]."""
+    fields: dict[str, Column] = {}
+    for field in schema.row_fields:
+        column = table[field.name].combine_chunks()
+        if field.kind == MULTI:
+            offsets, flat = list_parts(column)
+            fields[field.name] = Ragged(flat.to_numpy(), offsets)
+        else:
+            fields[field.name] = column.to_numpy()
+    length = schema.history_length
+    history = table[HISTORY].combine_chunks().flatten().to_numpy() if length else np.empty(0, np.int32)
+    return fields, history.reshape(table.num_rows, length)
 
 
 def join_items(

@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctrdist import log
-from ctrdist.encode import list_parts
 from ctrdist.errors import UserError
 from ctrdist.fields import new_encoder
 from ctrdist.items import Catalog, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
 from ctrdist.metrics import json_safe
 from ctrdist.numeric import add_samples, sample_values, to_numbers
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, SPLIT, TIMESTAMP, USER_ID, Field, Schema
+from ctrdist.serving.fields import list_parts
 from ctrdist.storage import filesystem
 from ctrdist.texts import join_texts
 from ctrdist.vocabulary import UNKNOWN, Counts, Vocabulary, add_counts, sum_counts, to_keys

@@ -20,6 +20,7 @@ from ctrdist.initial import initial_rows
 from ctrdist.optim import RowOptimizer
 from ctrdist.packing import pack, unpack
 from ctrdist.rounding import round_randomly
+from ctrdist.serving.vectors import bag_mean
 from ctrdist.vocabulary import PADDING
 
 CHUNK = 65_536
@@ -319,14 +320,6 @@ class Tables(nn.Module):
     def values(self) -> list[EmbeddingTable]:
         """The tables."""
         return [self[name] for name in self.names]
-
-
-def bag_mean(values: Tensor, offsets: Tensor) -> Tensor:
-    """The mean of each bag of rows of `values` [n, dim], [m, dim]; zeros for an empty bag."""
-    counts = offsets.diff()
-    bags = torch.repeat_interleave(torch.arange(len(counts), device=values.device), counts, output_size=len(values))
-    sums = values.new_zeros(len(counts), values.shape[1]).index_add(0, bags, values)
-    return sums / counts.clamp(min=1).unsqueeze(1).to(values.dtype)
 
 
 def sum_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ctrdist.fields import Encoder
-from ctrdist.items import Catalog
-from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, Schema
+from ctrdist.items import Catalog, Ragged
+from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, Field, Schema
+from ctrdist.serving.fields import encode_field, recent_rows
 from ctrdist.vocabulary import UNKNOWN
 
 ITEM, FILLER = "item", "filler"
@@ -34,18 +34,24 @@ def encode(
         ITEM: pa.array(catalog.ids.lookup(table[ITEM_ID], ITEM_ID)),
         FILLER: pa.array(np.zeros(table.num_rows, bool)),
     }
-    for field in schema.row_fields:
-        values, vocabulary = table[field.name].combine_chunks(), vocabularies[field.name]
-        if field.kind == MULTI:
-            offsets, flat = list_parts(values)
-            columns[field.name] = pa.LargeListArray.from_arrays(offsets, vocabulary.lookup(flat, field.name))
-        else:
-            columns[field.name] = pa.array(vocabulary.lookup(values, field.name))
+    columns |= encode_fields(table, schema.row_fields, vocabularies)
     if schema.history_length:
-        rows = recent_rows(table[HISTORY].combine_chunks(), catalog, schema.history_length)
+        rows = recent_rows(table[HISTORY].combine_chunks(), catalog.ids, schema.history_length)
         columns[HISTORY] = pa.FixedSizeListArray.from_arrays(rows.ravel(), schema.history_length)
     columns |= {name: table[name] for name in (VECTOR, TEXT_ROW, SAID) if name in table.column_names}
     return pa.table(columns | {f"raw.{name}": _one_type(table[name]) for name in keep})
+
+
+def encode_fields(table: pa.Table, fields: tuple[Field, ...], encoders: dict[str, Encoder]) -> dict[str, pa.Array]:
+    """Some user and context fields of rows, by name, as `encode` has them."""
+    columns: dict[str, pa.Array] = {}
+    for field in fields:
+        encoded = encode_field(table[field.name].combine_chunks(), field, encoders[field.name])
+        several = isinstance(encoded, Ragged)
+        columns[field.name] = (
+            pa.LargeListArray.from_arrays(encoded.offsets, encoded.values) if several else pa.array(encoded)
+        )
+    return columns
 
 
 def _one_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -59,30 +65,9 @@ def _one_type(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.large_string()) if pa.types.is_string(column.type) else column
 
 
-def list_parts(lists: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Offsets (int64, from 0) and flat values of a list column; a null list is an empty one."""
-    if pa.types.is_null(lists.type):
-        lists = lists.cast(pa.list_(pa.null()))
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), pc.list_flatten(lists)
-
-
 def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
     """A column of fixed-size lists, none of them null, as an array [n, width]."""
     return column.combine_chunks().flatten().to_numpy().reshape(-1, column.type.list_size)
-
-
-def recent_rows(histories: pa.Array, catalog: Catalog, length: int) -> np.ndarray:
-    """The last `length` items of each history as catalog rows, int32 [n, length], oldest first, zeros at the end."""
-    offsets, flat = list_parts(histories)
-    ends = offsets[1:, None]
-    starts = np.maximum(offsets[:-1, None], ends - length)
-    at = starts + np.arange(length)
-    inside = at < ends
-    rows = catalog.ids.lookup(flat, HISTORY)
-    out = np.zeros(at.shape, np.int32)
-    out[inside] = rows[at[inside]]
-    return out
 
 
 def fillers(schema: Schema, count: int, like: pa.Schema | None = None) -> pa.Table:

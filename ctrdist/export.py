@@ -9,8 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from ctrdist.backbones import Inputs
-from ctrdist.batch import Batch, collate
+from ctrdist.batch import collate
 from ctrdist.config import from_dict, to_dict
 from ctrdist.encode import encode
 from ctrdist.errors import UserError
@@ -108,41 +107,41 @@ class DensePart(nn.Module):
 
     def __init__(self, model: ClickModel) -> None:
         super().__init__()
-        self.backbone, self.target = model.backbone, model.target
+        self.backbone, self.layout = model.backbone, model.layout
         self.join = model.join if model.vector_dim else None
 
     def forward(
-        self,
-        fields: Tensor,
-        history: Tensor,
-        mask: Tensor,
-        first_order: Tensor | None = None,
-        vector: Tensor | None = None,
+        self, rows: Tensor, items: Tensor, history: Tensor, mask: Tensor, vector: Tensor | None = None
     ) -> Tensor:
-        """Click probabilities, float32 [B], of `ClickModel.inputs` (see `Inputs`) and, for a gain network, of
+        """Click probabilities, float32 [B], of what `ClickModel.look_up` gives and, for a gain network, of
         `Batch.vector`."""
-        inputs = Inputs(fields, history, mask, self.target, first_order)
-        representation, direct, _ = self.backbone.represent(inputs)
+        representation, direct, _ = self.backbone.represent(self.layout(rows, items, history, mask))
         if self.join is not None:
             representation = self.join(representation, vector)
         return torch.sigmoid((self.backbone.head(representation) + direct).float())
 
 
 @torch.no_grad()
-def export_dense(model: ClickModel, batch: Batch) -> torch.export.ExportedProgram:
+def export_dense(model: ClickModel, history_length: int, one_user: bool = False) -> torch.export.ExportedProgram:
     """The dense part of a click model (`DensePart`) as a graph of PyTorch's operators, for any number of rows.
 
     Args:
         model: in evaluation mode.
-        batch: two rows or more like those that will be asked for; only their shapes count.
+        history_length: of the schema.
+        one_user: for rows of one user: row fields, history and mask have one row.
     """
     assert not model.training
-    inputs = model.inputs(batch)
-    named = {"fields": inputs.fields, "history": inputs.history, "mask": inputs.mask}
-    named |= {"first_order": inputs.first_order, "vector": batch.vector if model.vector_dim else None}
-    given = {name: value for name, value in named.items() if value is not None}
+    users, items = 1 if one_user else 2, len(model.item_names) + (model.text_dim > 0)
+    inputs = (
+        torch.zeros(users, len(model.row_names), model.columns),
+        torch.zeros(2, items, model.columns),
+        torch.zeros(users, history_length, items, model.columns),
+        torch.ones(users, history_length, dtype=torch.bool),
+        *([torch.zeros(2, model.vector_dim)] if model.vector_dim else []),
+    )
     rows = torch.export.Dim("rows")
-    return torch.export.export(DensePart(model).eval(), (), given, dynamic_shapes={name: {0: rows} for name in given})
+    shapes = tuple({} if len(value) == 1 else {0: rows} for value in inputs)
+    return torch.export.export(DensePart(model).eval(), inputs, dynamic_shapes=shapes)
 
 
 class Release:

@@ -6,6 +6,7 @@ import numpy as np
 
 from ctrdist.numeric import Numeric
 from ctrdist.schema import NUMERIC, Field
+from ctrdist.serving import fields as serving
 from ctrdist.vocabulary import Vocabulary
 
 Encoder = Vocabulary | Numeric
@@ -25,11 +26,7 @@ def save_encoders(encoders: dict[str, Encoder], folder: Path) -> None:
 
 def load_encoders(folder: Path) -> dict[str, Encoder]:
     """What `save_encoders` wrote; vocabularies are memory-mapped."""
-    return {
-        path.name: (Numeric if (path / "numeric.json").exists() else Vocabulary).load(path)
-        for path in sorted(folder.iterdir())
-        if path.is_dir()
-    }
+    return serving.load_encoders(folder, Vocabulary, Numeric)
 
 
 def rows_with_new_ids(encoders: dict[str, Encoder], before: dict[str, Encoder]) -> dict[str, np.ndarray]:

@@ -19,33 +19,10 @@ from ctrdist.errors import UserError, nearest
 from ctrdist.fields import Encoder, new_encoder
 from ctrdist.numeric import sample_values, to_numbers
 from ctrdist.schema import ITEM_ID, MULTI, NUMERIC, Schema
+from ctrdist.serving.ragged import Column, Ragged, load_column, offsets_of, save_column
 from ctrdist.storage import filesystem
 from ctrdist.texts import join_texts, with_large_offsets
 from ctrdist.vocabulary import UNKNOWN, Vocabulary, sum_counts, to_keys
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Rows of several values: row i is `values[offsets[i]:offsets[i+1]]`. int32 values, int64 offsets."""
-
-    values: np.ndarray
-    offsets: np.ndarray
-
-    def take(self, rows: np.ndarray) -> "Ragged":
-        """The given rows, in their order."""
-        starts, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
-        return Ragged(self.values[spans(starts, lengths)], offsets_of(lengths))
-
-
-def offsets_of(lengths: np.ndarray) -> np.ndarray:
-    """Lengths [n] -> where each row begins and the last one ends, int64 [n + 1]."""
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-
-def spans(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The places of n stretches one after another: starts[0], starts[0] + 1, ..., then starts[1], ..."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
 
 
 @dataclass(frozen=True)
@@ -61,7 +38,7 @@ class Catalog:
 
     ids: Vocabulary
     present: np.ndarray
-    fields: dict[str, np.ndarray | Ragged]
+    fields: dict[str, Column]
 
     @property
     def size(self) -> int:
@@ -78,24 +55,12 @@ class Catalog:
         self.ids.save(folder / "ids")
         np.save(folder / "present.npy", self.present)
         for name, column in self.fields.items():
-            if isinstance(column, Ragged):
-                np.save(folder / f"field.{name}.values.npy", column.values)
-                np.save(folder / f"field.{name}.offsets.npy", column.offsets)
-            else:
-                np.save(folder / f"field.{name}.npy", column)
+            save_column(folder, f"field.{name}", column)
 
     @classmethod
     def load(cls, folder: Path, schema: Schema) -> "Catalog":
         """Memory-map what `save` wrote."""
-        fields: dict[str, np.ndarray | Ragged] = {}
-        for field in schema.item:
-            if field.kind != MULTI:
-                fields[field.name] = np.load(folder / f"field.{field.name}.npy", mmap_mode="r")
-            else:
-                parts = (
-                    np.load(folder / f"field.{field.name}.{part}.npy", mmap_mode="r") for part in ("values", "offsets")
-                )
-                fields[field.name] = Ragged(*parts)
+        fields = {field.name: load_column(folder, f"field.{field.name}", field.kind == MULTI) for field in schema.item}
         return cls(Vocabulary.load(folder / "ids"), np.load(folder / "present.npy", mmap_mode="r"), fields)
 
 
@@ -233,7 +198,7 @@ def build_catalog(items: pa.Table, ids: Vocabulary, schema: Schema, vocabularies
     rows = ids.lookup(items[ITEM_ID], ITEM_ID)
     present = np.zeros(ids.size, bool)
     present[rows] = True
-    fields: dict[str, np.ndarray | Ragged] = {}
+    fields: dict[str, Column] = {}
     for field in schema.item:
         column, vocabulary = items[field.name].combine_chunks(), vocabularies[field.name]
         if field.kind != MULTI:
@@ -247,8 +212,7 @@ def build_catalog(items: pa.Table, ids: Vocabulary, schema: Schema, vocabularies
             lengths[rows] = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
             flat = vocabulary.lookup(pc.list_flatten(column), field.name)
             parents = rows[pc.list_parent_indices(column).to_numpy(zero_copy_only=False)]
-            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-            fields[field.name] = Ragged(flat[np.argsort(parents, kind="stable")], offsets)
+            fields[field.name] = Ragged(flat[np.argsort(parents, kind="stable")], offsets_of(lengths))
     return Catalog(ids, present, fields)
 
 

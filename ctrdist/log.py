@@ -305,3 +305,16 @@ def find_faults(table: pa.Table, day: dt.date, catalog: Catalog, split: str = ""
     if split:
         faults[others] = ELSEWHERE
     return faults
+
+
+def with_reasons(table: pa.Table, bad: np.ndarray, reasons: list[str], path: str, first: int) -> pa.Table:
+    """Bad rows as they are, with the columns `reason`, `file` and `row` beside them.
+
+    Args:
+        bad: their places in the table, int64.
+        reasons: what is wrong with each.
+        path: of the file that the table is of.
+        first: rows of the file before the table's.
+    """
+    out = table.take(pa.array(bad)).append_column("reason", pa.array(reasons, pa.string()))
+    return out.append_column("file", pa.array([path] * len(bad))).append_column("row", pa.array(first + bad))

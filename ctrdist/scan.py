@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ctrdist.encode import list_parts
 from ctrdist.fields import Encoder, new_encoder
 from ctrdist.items import Catalog
-from ctrdist.log import REASONS, Part, RowGroup, find_faults, first_row, read_row_group
+from ctrdist.log import REASONS, Part, RowGroup, find_faults, first_row, read_row_group, with_reasons
 from ctrdist.numeric import Sample, add_samples, sample_values, to_numbers
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, MULTI, NUMERIC, SPLIT, USER_ID, Schema
+from ctrdist.serving.fields import list_parts
 from ctrdist.storage import filesystem
 from ctrdist.vocabulary import UNKNOWN, Counts, add_counts, sum_counts, to_keys
 
@@ -158,10 +158,7 @@ def write_quarantine(table: pa.Table, faults: np.ndarray, group: RowGroup, first
         first: rows of the file before this row group, so that `row` counts from the start of the file.
     """
     bad = np.flatnonzero(faults > 0)
-    out = table.take(pa.array(bad))
-    out = out.append_column("reason", pa.array([REASONS[code] for code in faults[bad]]))
-    out = out.append_column("file", pa.array([group.path] * len(bad)))
-    out = out.append_column("row", pa.array(first + bad))
+    out = with_reasons(table, bad, [REASONS[code] for code in faults[bad]], group.path, first)
     folder.mkdir(parents=True, exist_ok=True)
     name = Path(group.path).stem
     pq.write_table(out, folder / f"{group.part}.dt={group.day}.{name}.{group.index}.parquet")

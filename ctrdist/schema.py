@@ -10,44 +10,16 @@ from typing import Any
 import yaml
 
 from ctrdist.errors import UserError, nearest
+from ctrdist.serving.fields import CATEGORICAL, HISTORY, ITEM_ID, MULTI, NUMERIC, USER_ID, Field
 from ctrdist.storage import filesystem
 
-CATEGORICAL = "categorical"
-MULTI = "multi"
-NUMERIC = "numeric"
 OPTIONS = {CATEGORICAL: ("min_count",), MULTI: ("min_count",), NUMERIC: ("scale", "buckets")}
 """Kinds of fields, and the options of each."""
 SCALES = ("quantile", "log")
 
-USER_ID, ITEM_ID, LABEL, TIMESTAMP, HISTORY = "user_id", "item_id", "label", "timestamp", "history"
-SPLIT = "split"
+LABEL, TIMESTAMP, SPLIT = "label", "timestamp", "split"
 # Columns of an encoded row; no field of the log may have their names.
 RESERVED = (LABEL, HISTORY, SPLIT, "item", "filler")
-
-
-@dataclass(frozen=True)
-class Field:
-    """One feature of the model.
-
-    Args:
-        name: column of the Parquet files it is read from.
-        kind: `categorical` (one value, string or integer), `multi` (a list of values, mean-pooled) or `numeric`.
-        min_count: values with fewer training rows than this share the unknown row, which is so trained.
-        scale: of a number: `quantile` puts it into one of `buckets` of like size, each with a vector of its own;
-            `log` multiplies one vector by sign(x) log(1 + |x|). A missing number has a vector of its own.
-        buckets: for `quantile`, at most this many.
-    """
-
-    name: str
-    kind: str = CATEGORICAL
-    min_count: int = 1
-    scale: str = "quantile"
-    buckets: int = 32
-
-    @property
-    def is_value(self) -> bool:
-        """Whether an encoded value is a number that multiplies a vector, not the row of one."""
-        return self.kind == NUMERIC and self.scale == "log"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,9 @@ An output is written to a folder of its own that nobody has used before; one sma
 makes it exist. Readers see manifests only, so a process may die at any time and leave nothing half-written in sight.
 """
 
+import glob
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -34,6 +36,37 @@ def filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"{uri}: cannot be opened: {str(error).splitlines()[0]}") from None
     return fs.LocalFileSystem(), os.path.abspath(uri)
+
+
+def list_parquet(where: str) -> tuple[fs.FileSystem, str, list[str]]:
+    """The Parquet files that a path or URI names, sorted, and their filesystem and common folder: all those under a
+    folder but what begins with `_` or `.`, those that fit a local pattern, or one file."""
+    filesystem_, root = filesystem(where)
+    if "://" not in where and glob.has_magic(root):
+        paths = sorted(path for path in glob.glob(root, recursive=True) if path.endswith(".parquet"))
+        plain = itertools.takewhile(lambda part: not glob.has_magic(part), Path(root).parts)
+        return filesystem_, str(Path(*plain)), paths
+    if filesystem_.get_file_info(root).type == fs.FileType.File:
+        return filesystem_, str(Path(root).parent), [root]
+    found = filesystem_.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    inner = {info.path: Path(info.path).relative_to(root).parts for info in found if info.type == fs.FileType.File}
+    shown = [path for path, parts in inner.items() if not any(part.startswith(("_", ".")) for part in parts)]
+    return filesystem_, root, sorted(path for path in shown if path.endswith(".parquet"))
+
+
+@contextmanager
+def write_whole(uri: str) -> Iterator[Path]:
+    """A local path to write a file to; it stands at `uri`, a path or URI, when the block ends, and not if it fails."""
+    filesystem_, target = filesystem(uri)
+    local = isinstance(filesystem_, fs.LocalFileSystem)
+    filesystem_.create_dir(str(Path(target).parent), recursive=True)
+    with tempfile.TemporaryDirectory(dir=Path(target).parent if local else None, prefix=".") as folder:
+        path = Path(folder) / Path(target).name
+        yield path
+        if local:
+            os.replace(path, target)
+        else:
+            fs.copy_files(str(path), target, destination_filesystem=filesystem_)
 
 
 FORMAT = 2

@@ -8,7 +8,6 @@ by the vocabulary beside it and never move. Run again, it encodes what is new or
 that was cut off goes on where it was.
 """
 
-import glob
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ctrdist.language.encode import EncodeConfig, Source
 from ctrdist.language.model import check_model
 from ctrdist.report import duration
 from ctrdist.schema import ITEM_ID, USER_ID, Field, Schema
-from ctrdist.storage import Manifest, State, filesystem, fingerprint
+from ctrdist.storage import Manifest, State, fingerprint, list_parquet
 from ctrdist.vocabulary import Vocabulary
 from raycluster import cli, cluster
 from raycluster.day import Progress, say
@@ -113,11 +112,7 @@ def find_items(options: EncodeOptions) -> tuple[Schema, fs.FileSystem, list[str]
         schema, where = Schema.load(f"{options.data}/schema.yaml"), f"{options.data}/items"
     else:
         schema, where = Schema(user=(Field(USER_ID),), item=(Field(ITEM_ID),), text=options.text), options.items
-    files, root = filesystem(where)
-    paths = glob.glob(root, recursive=True)
-    if "://" in where or Path(root).is_dir():
-        paths = [info.path for info in files.get_file_info(fs.FileSelector(root, allow_not_found=True))]
-    paths = sorted(path for path in paths if path.endswith(".parquet"))
+    files, _, paths = list_parquet(where)
     if not paths:
         raise UserError(f"{where}: no Parquet files there; give a folder, or a pattern in quotes")
     return schema, files, paths, where

@@ -41,6 +41,8 @@ class DayOptions:
         max_bad_fraction: largest share of bad rows that the job goes on with.
         tracking_uri: MLflow's server or database; SQLite in the state if not given.
         experiment: name of the MLflow experiment and of the registered model.
+        compile_release: compile what is released for processors like this machine's, if it has a C++ compiler; others
+            serve the exported graph, at about half the speed.
         config: YAML file of options; `ctr.yaml` in the working folder is read if it is there.
     """
 
@@ -59,6 +61,7 @@ class DayOptions:
     max_bad_fraction: float = 0.01
     tracking_uri: str | None = None
     experiment: str = "cela"
+    compile_release: bool = True
     config: str | None = None
 
     job = ""
@@ -79,7 +82,7 @@ class DayOptions:
     def result(self) -> dict:
         """The options that change the result."""
         outside = ("data", "state", "date", "workers", "tracking_uri", "experiment", "config", "max_bad_fraction")
-        outside += ("keep_releases",)
+        outside += ("keep_releases", "compile_release")
         return {name: value for name, value in to_dict(self).items() if name not in outside}
 
 

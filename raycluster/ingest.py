@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from ctrdist.items import Catalog
 from ctrdist.log import Part, RowGroup
 from ctrdist.row_texts import RowTexts
 from ctrdist.scan import IdsOf, Scan, scan_row_group, sum_scans
-from ctrdist.schema import Schema
+from ctrdist.schema import USER_ID, Schema
+from ctrdist.serving.ragged import Column
 from ctrdist.storage import State
+from ctrdist.users import latest, latest_values, read_users, user_fields
 from raycluster.cluster import in_parallel
 
 
@@ -166,6 +168,25 @@ def _scan(reader: LogReader, part: list[RowGroup], ids: dict[Part, IdsOf]) -> tu
             for group in part
         )
         return found, [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())]
+
+
+def latest_users(reader: LogReader, groups: list[RowGroup]) -> dict[str, Column]:
+    """What the log last says of each user in some row groups (`ctrdist.users`); nothing, where ids tell nothing."""
+    schema, encoders, _ = reader.open()
+    if not user_fields(schema):
+        return {}
+    whole = dict.fromkeys(replace(group, split="", good=None) for group in groups)  # a group may be in several splits
+    calls, first = [], 0
+    for part in _pieces(list(whole)):
+        calls.append((reader, part, first))
+        first += len(part)
+    return latest_values(in_parallel(_users, calls, cpus=0.5), schema, encoders[USER_ID].size)
+
+
+def _users(reader: LogReader, part: list[RowGroup], first: int) -> pa.Table:
+    schema, encoders, _ = reader.open()
+    found = [read_users(reader.data, group, first + n, schema, encoders) for n, group in enumerate(part)]
+    return latest(pa.concat_tables(found))
 
 
 def _pieces(groups: list[RowGroup], rows: int = 65536) -> list[list[RowGroup]]:

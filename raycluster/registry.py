@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,21 +12,30 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-import ctrdist
-from ctrdist.export import SERVES, Release, load_click_model, save_click_model
+from ctrdist import serving
+from ctrdist.export import SERVES, load_click_model, save_click_model
 from ctrdist.log import read_row_group
 from ctrdist.report import write_report
 from ctrdist.schema import HISTORY
+from ctrdist.served import write_served
+from ctrdist.serving.model import SERVING, ServedModel
 from ctrdist.storage import Manifest, fingerprint
-from ctrdist.text_table import FACTS, TABLE
-from raycluster import reporting
+from ctrdist.tasks.click import ClickModel
+from ctrdist.text_table import FACTS, TABLE, load_text_table
+from raycluster import ingest, reporting
 from raycluster.day import Day, say
+from raycluster.ingest import LogReader
 from raycluster.retention import prune
 from raycluster.tracking import mlflow_quiet
 
 Scored = tuple[Manifest, Manifest | None]
-CODE = [str(Path(ctrdist.__file__).parent)]
-SERVING = ("torch", "pyarrow", "pandas", "numpy", "safetensors", "pyyaml", "transformers")
+REQUIRED = ("torch", "pyarrow", "pandas", "numpy")
+PACKAGE = '''"""What a served model needs of this project; where all of it is installed, the rest is found there."""
+
+import pkgutil
+
+__path__ = pkgutil.extend_path(__path__, __name__)
+'''
 
 
 def release(day: Day, read: Manifest, models: dict[str, Scored], report: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -57,17 +69,37 @@ def write_release(
             shutil.copytree(source / part, folder / part)
         for name, (output, text) in models.items():
             (folder / name).mkdir()
-            save_click_model(
-                load_click_model(state.local(output.name), day.schema), folder / name, optimizer_state=False
-            )
-            if text and name == served:
-                for part in (TABLE, FACTS):
+            model = load_click_model(state.local(output.name), day.schema)
+            save_click_model(model, folder / name, optimizer_state=False)
+            if name == served:
+                write_artifact(day, read, model, text, folder / SERVING)
+                for part in (TABLE, FACTS) if text else ():
                     shutil.copy(state.local(text.name) / part, folder)
         text = models[served][1]
         (folder / SERVES).write_text(json.dumps({"serves": served, "text_model": text and text.facts["model"]}))
         write_report(report, folder)
     publish(day)
     return state.find(day.release)
+
+
+def write_artifact(day: Day, read: Manifest, model: ClickModel, text: Manifest | None, folder: Path) -> None:
+    """Write what is served of a click model and its text table's output (`ctrdist.served`)."""
+    reader = LogReader(day.options.data, day.state.uri, read.name)
+    schema, encoders, catalog = reader.open()
+    vectors = load_text_table(text and day.state.local(text.name), rows=catalog.size, catalog=catalog.ids.fingerprint())
+    users = ingest.latest_users(reader, day.groups(day.window.train + day.window.valid + day.window.test))
+    write_served(folder, model, schema, encoders, catalog, vectors, users, day.options.compile_release)
+
+
+@contextmanager
+def serving_code() -> Iterator[str]:
+    """A folder `ctrdist` with the code that serves alone, which goes with a registered model."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "ctrdist"
+        source, ignored = Path(serving.__file__).parent, shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, package / "serving", ignore=ignored)
+        (package / "__init__.py").write_text(PACKAGE)
+        yield str(package)
 
 
 def publish(day: Day) -> None:
@@ -94,20 +126,14 @@ def register(day: Day, written: Manifest) -> str:
     known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("release") == content]
     if known:
         return f"{name} version {known[0].version}"
-    folder = day.state.local(written.name)
-    loaded = Release(folder)
+    folder = day.state.local(written.name) / SERVING
+    loaded = ServedModel(folder)
     example = example_rows(day, loaded)
-    with mlflow_quiet() as mlflow:
+    with mlflow_quiet() as mlflow, serving_code() as code:
         mlflow.set_tracking_uri(day.tracker.uri)
         with mlflow.start_run(run_id=day.run_id):
             info = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(Path(__file__).with_name("serving_model.py")),
-                artifacts={"release": str(folder)},
-                code_paths=CODE,
-                signature=signature(day, loaded),
-                input_example=example,
-                pip_requirements=[f"{package}=={version(package)}" for package in SERVING],
+                name="model", signature=signature(day, loaded), input_example=example, **pyfunc_parts(folder, code)
             )
         labels = {"release": content, "date": str(day.date)}
         if not client.search_registered_models(f"name = '{name}'"):
@@ -116,8 +142,22 @@ def register(day: Day, written: Manifest) -> str:
     return f"{name} version {made.version}"
 
 
-def signature(day: Day, release: Release) -> Any:
-    """MLflow's signature: the columns that scoring needs, with the log's own types; one column comes back."""
+def pyfunc_parts(artifact: Path, code: str) -> dict[str, Any]:
+    """What MLflow's pyfunc flavor is given of a served artifact: a file of code, and no object to pickle.
+
+    Args:
+        code: what `serving_code` gives.
+    """
+    return {
+        "python_model": str(Path(__file__).with_name("serving_model.py")),
+        "artifacts": {SERVING: str(artifact)},
+        "code_paths": [code],
+        "pip_requirements": [f"{package}=={version(package)}" for package in REQUIRED],
+    }
+
+
+def signature(day: Day, release: ServedModel) -> Any:
+    """MLflow's signature: the columns that scoring takes, with the log's own types; one column comes back."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import Array, ColSpec, DataType
     from mlflow.types.schema import Schema as Columns
@@ -132,11 +172,13 @@ def signature(day: Day, release: Release) -> Any:
             return DataType.double
         return DataType.long if pa.types.is_integer(type_) else DataType.string
 
-    inputs = [ColSpec(kind(found.field(name).type), name) for name in release.columns]
+    inputs = [
+        ColSpec(kind(found.field(name).type), name, required=name not in release.optional) for name in release.columns
+    ]
     return ModelSignature(Columns(inputs), Columns([ColSpec(DataType.float, "probability")]))
 
 
-def example_rows(day: Day, release: Release, rows: int = 5) -> pd.DataFrame:
+def example_rows(day: Day, release: ServedModel, rows: int = 5) -> pd.DataFrame:
     """A few test rows without nulls, with the columns that scoring needs; those with a history first."""
     table = _first_rows(day).select(release.columns)
     frame = table.to_pandas().dropna()

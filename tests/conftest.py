@@ -7,7 +7,7 @@ import runpy
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,14 @@ SLOW = ("jobs", "raycluster")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The folders that take longest come first; with `-n 2 --dist loadfile` each process has one Ray for its files."""
     items.sort(key=lambda item: [f"tests/{folder}/" in item.nodeid for folder in SLOW], reverse=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    """Releases are not compiled, which would take some ten seconds each; who tests that compiles by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctrdist.served.compiler", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -298,3 +306,19 @@ def small_read(small_log: Path):
     counts = item_counts(scan.items, days, ids.size)
     vocabularies = grow_item_vocabularies(items, ids.lookup(items["item_id"]), counts, schema, blank)
     return schema, vocabularies, build_catalog(items, ids, schema, vocabularies)
+
+
+@pytest.fixture(scope="session")
+def small_artifact(small_read, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a served artifact of `small_log`: a random network without text."""
+    from ctrdist.served import write_served
+    from ctrdist.tasks.click import ClickConfig, ClickModel, table_sizes
+
+    schema, encoders, catalog = small_read
+    model = ClickModel(schema, table_sizes(encoders, schema), ClickConfig(backbone="dcnv2", dim=4), seed=1).eval()
+    with torch.no_grad():
+        for table in model.tables.values():
+            table.weight *= 100
+    folder = tmp_path_factory.mktemp("artifact") / "serving"
+    write_served(folder, model, schema, encoders, catalog)
+    return folder

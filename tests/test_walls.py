@@ -40,3 +40,11 @@ def test_only_raycluster_and_jobs_know_ray():
 def test_what_reads_the_log_starts_without_torch():
     code = "import sys, raycluster.ingest; print({'torch', 'ray.train', 'transformers', 'mlflow'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_what_is_served_needs_nothing_else_of_the_project():
+    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "pandas", "pyarrow"}
+    for path in (ROOT / "ctrdist" / "serving").rglob("*.py"):
+        assert imported(path) - allowed <= {"ctrdist"}, path
+        inner = [n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
+        assert all(name.startswith("ctrdist.serving.") for name in inner if name.startswith("ctrdist")), path

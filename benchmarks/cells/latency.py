@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.cells.log import Log
-from ctrdist.batch import collate
+from ctrdist.batch import collate, row_columns
 from ctrdist.encode import ITEM
 from ctrdist.items import Catalog
 from ctrdist.schema import Schema
+from ctrdist.serving.model import Rows, ServedModel
 from ctrdist.tasks.click import ClickModel
 
 Score = Callable[[pa.Table], Tensor]
@@ -39,6 +40,19 @@ def draw_requests(log: Log, candidates: int, seed: int, count: int) -> Iterator[
 def scorer(schema: Schema, catalog: Catalog, model: ClickModel, text_table: np.ndarray | None = None) -> Score:
     """Scores by a click model: distinct ids are found, items' fields and texts gathered, and it computes."""
     return lambda request: model.predict(collate(request, schema, catalog, text_table))
+
+
+def server(schema: Schema, model: ServedModel) -> Score:
+    """Scores by what is served: what the user has is gathered and computed once, and the network is a compiled graph.
+
+    The server's threads are those of the process. Where nothing compiled the graph, it is the exported one.
+    """
+
+    def score(request: pa.Table) -> Tensor:
+        fields, history = row_columns(request, schema)
+        return torch.from_numpy(model.score(Rows(request[ITEM].to_numpy(), fields, history)))
+
+    return score
 
 
 @torch.inference_mode()

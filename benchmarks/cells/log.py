@@ -4,7 +4,7 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from ctrdist.batch import Batch, collate
 from ctrdist.draws import held_out
 from ctrdist.epoch import plan_pass, read_chunk
+from ctrdist.fields import Encoder
 from ctrdist.items import Catalog, Ragged, build_catalog, grow_catalog_ids, grow_item_vocabularies, read_items
 from ctrdist.log import Window, list_days, list_row_groups
 from ctrdist.row_texts import RowTexts
@@ -43,6 +44,7 @@ class Log:
         texts: each item's text, large_string by catalog row; "" without an item.
         train, valid, test: encoded rows (`ctrdist.encode`).
         row_texts: makes the tokens of rows with `beside.said`, if they have any.
+        encoders: by name, what encoded each field.
     """
 
     schema: Schema
@@ -54,6 +56,7 @@ class Log:
     valid: pa.Table
     test: pa.Table
     row_texts: RowTexts | None = None
+    encoders: dict[str, Encoder] = field(default_factory=dict)
 
     @property
     def items_with_text(self) -> np.ndarray:
@@ -157,4 +160,5 @@ def open_log(data: str, window: Window, quarantine: Path, keep: tuple[str, ...] 
         return pa.concat_tables(read_chunk(data, c, schema, encoders, catalog, keep) for c in chunks).combine_chunks()
 
     sizes = table_sizes(encoders, schema)
-    return Log(schema, catalog, sizes, counts, pa.array(texts, pa.large_string()), *map(read, groups))
+    rows = map(read, groups)
+    return Log(schema, catalog, sizes, counts, pa.array(texts, pa.large_string()), *rows, encoders=encoders)

@@ -12,8 +12,9 @@ class Inputs:
 
     Args:
         fields: [B, F, d]; user, context and item fields in the order of the schema, then the text field if any.
-        history: [B, T, F_h, d]; the item side of each behaviour, oldest first.
-        mask: bool [B, T]; false at padding.
+        history: [B, T, F_h, d]; the item side of each behaviour, oldest first. Where all rows are one user's, as in a
+            request to score, [1, T, F_h, d]: what depends on the history alone is then computed once.
+        mask: bool [B, T], or [1, T]; false at padding.
         target: for each of the F_h history fields, the index of the target item's field that it corresponds to.
         first_order: [B, F + F_h], for a backbone that asks for them: each field's own weight (times its value, if it is
             a number; a bag's mean), then the mean over the behaviours of each history field's.
@@ -81,10 +82,13 @@ def target_item(inputs: Inputs) -> Tensor:
 
 def all_fields(inputs: Inputs) -> Tensor:
     """The fields, then the pooled history as more fields, [B, F + F_h, d]: for networks without sequences."""
-    return torch.cat([inputs.fields, pooled_history(inputs)], 1)
+    return torch.cat([inputs.fields, pooled_history(inputs).expand(inputs.fields.shape[0], -1, -1)], 1)
 
 
 def pooled_history(inputs: Inputs) -> Tensor:
-    """The mean of the behaviours as F_h more fields [B, F_h, d], zeros without any: for networks without sequences."""
+    """The mean of the behaviours as F_h more fields [B, F_h, d], zeros without any: for networks without sequences.
+
+    Of one history for all rows, [1, F_h, d].
+    """
     mask = inputs.mask[:, :, None, None].to(inputs.history.dtype)
     return (inputs.history * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -60,19 +60,28 @@ class DIN(Backbone):
         weights = self.attend(target_item(inputs), keys).squeeze(2)
         if self.softmax:
             weights = torch.softmax(weights.masked_fill(~inputs.mask, -1e4), 1)
-        return (weights * inputs.mask).unsqueeze(1).matmul(keys).squeeze(1)
+        weights = weights * inputs.mask
+        return weights @ keys[0] if keys.shape[0] == 1 else weights.unsqueeze(1).matmul(keys).squeeze(1)
 
     def attend(self, query: Tensor, keys: Tensor) -> Tensor:
-        """The activation unit on (query, key, query - key, query * key), [B, T, 1], for query [B, n], keys [B, T, n].
+        """The activation unit on (query, key, query - key, query * key), [B, T, 1], for query [B, n], keys [B, T, n],
+        or [1, T, n] for all rows.
 
         Its first layer is linear in them, so that what is the query's alone is computed once a row, and the difference
-        needs no product of its own: half the work of that layer.
+        needs no product of its own: half the work of that layer. With the same keys for all rows it is linear in the
+        query, by a matrix of those keys.
         """
         first, *rest = self.attention
         of_query, of_key, of_difference, of_product = first.weight.unflatten(1, (4, self.interest)).unbind(1)
-        row = F.linear(query, of_query + of_difference, first.bias)
-        pairs = torch.cat([keys, query.unsqueeze(1) * keys], 2)
-        x = F.linear(pairs, torch.cat([of_key - of_difference, of_product], 1)).add_(row.unsqueeze(1))
+        if keys.shape[0] == 1:
+            by_key = of_product.t().unsqueeze(1) * keys[0].t().unsqueeze(2)
+            by_key = by_key + (of_query + of_difference).t().unsqueeze(1)
+            row = F.linear(keys[0], of_key - of_difference, first.bias)
+            x = torch.addmm(row.flatten(), query, by_key.flatten(1)).unflatten(1, row.shape)
+        else:
+            row = F.linear(query, of_query + of_difference, first.bias)
+            pairs = torch.cat([keys, query.unsqueeze(1) * keys], 2)
+            x = F.linear(pairs, torch.cat([of_key - of_difference, of_product], 1)).add_(row.unsqueeze(1))
         for layer in rest:
             x = layer(x)
         return x

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from tokenizers import Encoding, Tokenizer
 
 from ctrdist.errors import UserError
-from ctrdist.items import Ragged, offsets_of, spans
 from ctrdist.language.tokenizer import TextTokenizer, columnar
+from ctrdist.serving.ragged import Ragged, offsets_of, spans
 from ctrdist.texts import join_texts
 
 SPECIAL = -1

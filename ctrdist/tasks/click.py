@@ -133,6 +133,46 @@ class TextField(nn.Module):
         return self.norm(self.mlp(text))
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How what was looked up becomes a network's inputs.
+
+    Args:
+        target: of the backbone's inputs (`Inputs.target`).
+        first_order: what weights of the first order are multiplied by, the last number of a field; None without them.
+        text: which side's last item field, the text, is shown: `target`, `behaviours` or `both`.
+    """
+
+    target: tuple[int, ...]
+    first_order: float | None
+    text: Literal["both", "target", "behaviours"] = "both"
+
+    def __call__(self, rows: Tensor, target: Tensor, history: Tensor, mask: Tensor) -> Inputs:
+        """The inputs of B rows.
+
+        Args:
+            rows: fields of the user and the context [B, F_row, columns].
+            target: the item side of the target [B, F_item, columns].
+            history: that of the behaviours [B, T, F_item, columns].
+            mask: bool [B, T].
+
+        `rows`, `history` and `mask` may have one row for all of them.
+        """
+        target, history = self.shown(target, "target"), self.shown(history, "behaviours")
+        fields = torch.cat([rows.expand(target.shape[0], -1, -1), target], 1)
+        inputs = Inputs(fields, history[:, :, : len(self.target)], mask, self.target)
+        if self.first_order is None:
+            return inputs
+        first_order = all_fields(inputs)[:, :, -1] * self.first_order
+        return Inputs(fields[:, :, :-1], inputs.history[..., :-1], mask, self.target, first_order)
+
+    def shown(self, items: Tensor, to: str) -> Tensor:
+        """Items [..., F_item, columns], their text zeros where it is not shown to that side."""
+        if self.text in ("both", to):
+            return items
+        return torch.cat([items[..., :-1, :], torch.zeros_like(items[..., -1:, :])], -2)
+
+
 class ClickModel(Task):
     """Embeddings, backbone and binary cross-entropy (CELA, eq. 2, 3, 14).
 
@@ -199,31 +239,39 @@ class ClickModel(Task):
             )
         if vector_dim:
             self.join = Join(self.backbone.width, vector_dim)
-        self.target = tuple(range(len(self.row_names), fields)) if schema.history_length else ()
+        self.layout = Layout(
+            target=tuple(range(len(self.row_names), fields)) if schema.history_length else (),
+            first_order=self.backbone.first_order_scale if network.first_order else None,
+            text=self.fuse.on if self.fuse else "both",
+        )
 
     def inputs(self, batch: Batch) -> Inputs:
         """Look up and join every field of a batch. Each distinct item is embedded once."""
+        return self.layout(*self.look_up(batch))
+
+    def look_up(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Row fields [B, F_row, columns], the item side of the target [B, F_item, columns] and of the behaviours
+        [B, T, F_item, columns], and the behaviours' mask [B, T]."""
+        items = self.item_side(batch.item_fields, batch.text)
         rows = [self.project(name, self.tables[name](batch.row_fields[name])) for name in self.row_names]
-        items = torch.stack([self.item_vectors(name, batch.item_fields[name]) for name in self.item_names], 1)
-        if self.text_field is not None:
-            text = self.text_field(batch.text.to(items.dtype))
-            if self.columns > self.config.dim:
-                text = torch.cat([text, self.text_weight(text)], 1)
-            items = torch.cat([items, text.unsqueeze(1)], 1)
-        targets = behaviours = items
-        if self.fuse and self.fuse.on != "both":
-            bare = torch.cat([items[:, :-1], torch.zeros_like(items[:, -1:])], 1)
-            targets, behaviours = (items, bare) if self.fuse.on == "target" else (bare, items)
-        target = gather(targets, batch.target)
-        fields = torch.cat([torch.stack(rows, 1), target], 1) if rows else target
-        history = gather(behaviours, batch.history.flatten()).unflatten(0, batch.history.shape)
-        mask = batch.history != 0
-        inputs = Inputs(fields, history[:, :, : len(self.target)], mask, self.target)
+        fields = torch.stack(rows, 1) if rows else items.new_empty(len(batch), 0, self.columns)
+        target = gather(items, batch.target)
+        history = gather(items, batch.history.flatten()).unflatten(0, batch.history.shape)
+        return fields, target, history, batch.history != 0
+
+    def item_side(self, item_fields: dict[str, Lookup], text: Tensor | None) -> Tensor:
+        """Every field of U items, the text at the end if the model has one [U, F_item, columns].
+
+        Args:
+            text: [U, text width].
+        """
+        items = torch.stack([self.item_vectors(name, item_fields[name]) for name in self.item_names], 1)
+        if self.text_field is None:
+            return items
+        text = self.text_field(text.to(items.dtype))
         if self.columns > self.config.dim:
-            first_order = all_fields(inputs)[:, :, -1] * self.backbone.first_order_scale
-            fields, history = fields[:, :, :-1], inputs.history[..., :-1]
-            inputs = Inputs(fields, history, mask, self.target, first_order)
-        return inputs
+            text = torch.cat([text, self.text_weight(text)], 1)
+        return torch.cat([items, text.unsqueeze(1)], 1)
 
     def project(self, name: str, vectors: Tensor) -> Tensor:
         """Vectors of a field as its table has them [n, width], as the network takes them [n, columns]."""

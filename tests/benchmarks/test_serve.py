@@ -85,6 +85,8 @@ def test_each_model_is_what_its_name_says(server, tiny_lm: Path):
     answers = {name: served.ready(name)(request) for name in serve.MODELS}
     assert all(len(set(scores.tolist())) == 5 for scores in answers.values())
     assert torch.equal(answers["backbone"], answers["vanilla"]), "as they are drawn, and trained without distillation"
+    for name in serve.NETWORKS:
+        torch.testing.assert_close(answers[f"ours_{name}"], answers[name], atol=1e-6, rtol=0)
     sizes = [(folder / name / "model.safetensors").stat().st_size for name in ("backbone", "vanilla", "gain", "cela")]
     assert sizes[0] == sizes[1] < min(sizes[2:])
     assert torch.equal(answers["vanilla"], load_click_model(folder / "vanilla", log.schema).predict(batch))
@@ -125,3 +127,13 @@ def test_models_are_compared_by_the_time_a_candidate():
     assert rows[0]["round_sd_ms"] == pytest.approx(np.std([1.5, 3.5], ddof=1)) and rows[1]["round_sd_ms"] == 0
     expected = {"m_llm_over_vanilla_p50": 20, "m_llm_over_vanilla_p99": 0.5 / (np.percentile([1, 2, 3, 4], 99) / 100)}
     assert serve.ratios(rows) == pytest.approx(expected)
+
+
+def test_what_is_served_is_compared_with_the_same_network_and_with_the_id_model():
+    times = {"backbone": 8.0, "cela": 10.0, "ours_backbone": 2.0, "ours_cela": 3.0}
+    found = serve.ratios([serve.row(name, np.full((2, 2), ms), 100) for name, ms in times.items()])
+    assert {name.removesuffix("_p50"): ratio for name, ratio in found.items() if name.endswith("_p50")} == {
+        "cela_over_backbone": 1.25, "ours_backbone_over_backbone": 0.25, "ours_cela_over_backbone": 0.375,
+        "ours_cela_over_cela": 0.3, "ours_cela_over_ours_backbone": 1.5,
+    }  # fmt: skip
+    assert serve.row("backbone", np.full((2, 2), 8.0), 100)["requests_s"] == 125

@@ -206,3 +206,12 @@ def test_an_id_beyond_all_measure_is_refused():
     assert to_keys(pa.array(["a", "b" * 256])).dtype.itemsize == 256
     with pytest.raises(UserError, match="column 'query': an id of 2,000 bytes, beginning with 'xxx.*at most 256"):
         to_keys(pa.array(["a", "x" * 2000]), "query")
+
+
+def test_an_id_that_is_longer_than_all_known_ones_is_unknown_at_no_cost_of_the_vocabulary(monkeypatch):
+    known, _ = vocabulary_of(["ab", "b"])
+    asked = []
+    find = np.searchsorted
+    monkeypatch.setattr(np, "searchsorted", lambda keys, values: asked.append(values.dtype) or find(keys, values))
+    assert known.lookup(pa.array(["ab", "abc", "b" * 40, "a", "b"])).tolist() == [2, 1, 1, 1, 3]
+    assert asked == [known.keys.dtype], "the keys need not be copied to another width"

@@ -87,6 +87,7 @@ def one_process() -> Iterator[None]:
         patch.setattr(trainer, "_trainer", _train)
         patch.setattr("raycluster.day.Tracker.open", lambda *_: NoTracker())
         patch.setattr("raycluster.reporting.log", lambda *_: None)
+        patch.setattr("raycluster.registry.write_artifact", lambda *_: None)
         patch.setattr("raycluster.registry.register", lambda *_: "nowhere")
         patch.setattr(cluster, "connect", lambda: None)
         patch.setattr(cluster, "make_plan", lambda *_: cluster.Plan(1, 0, 1.0, 1))

@@ -16,6 +16,7 @@ from ctrdist.errors import UserError
 from ctrdist.fields import load_encoders
 from ctrdist.storage import State
 from ctrdist.tasks.click import ClickConfig
+from jobs import score as SCORE
 from jobs import train as JOB
 from raycluster import cli
 
@@ -63,6 +64,25 @@ def test_three_days_of_one_model(ray_cluster, options, data, capsys):
     names = [column.name for column in model.metadata.get_input_schema()]
     found = model.predict(frame[names])["probability"].to_numpy()
     np.testing.assert_allclose(np.sort(found), np.sort(scored["dcnv2"].to_numpy()), atol=1e-5)
+
+    days = data / "interactions"
+    scores = SCORE.ScoreOptions(
+        input=str(days / "dt=2024-01-05"), output=str(data.parent / "scores"), model="models:/train/1",
+        state=options.state,
+    )  # fmt: skip
+    SCORE.run(scores)
+    with pytest.raises(UserError, match="--model models:/train@nobody: not in the registry at sqlite.*nobody"):
+        SCORE.run(replace(scores, model="models:/train@nobody"))
+    written = pq.read_table(scores.output, partitioning=None)
+    assert written["user_id"].to_pylist() == frame["user_id"].tolist()
+    np.testing.assert_allclose(written["probability"].to_numpy(), found, atol=1e-6)
+    # What the log last said of its users is there for requests that bring nothing but ids.
+    assert [c.name for c in model.metadata.get_input_schema() if not c.required] == ["age_band", "history"]
+    log = pq.read_table(days).sort_by("timestamp").to_pandas()
+    latest = frame["user_id"].map(log.groupby("user_id")["age_band"].last())
+    full = frame[names].assign(age_band=latest, history=[[]] * len(frame))
+    bare = frame[["user_id", "device", "item_id"]]
+    np.testing.assert_allclose(model.predict(bare), model.predict(full), atol=1e-6)
 
     JOB.run(replace(options, date=dt.date(2024, 1, 5)))
     second = report_of(options, "2024-01-05")

@@ -266,3 +266,14 @@ def test_configurations_pickle_by_name():
 
     config = backbones.BackboneConfigs()
     assert pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("steps", [T, 0])
+def test_one_history_for_all_rows_is_the_same_one_for_each(name: str, steps: int):
+    model, inputs = model_of(name).eval(), inputs_of()
+    one = replace(inputs, history=inputs.history[1:2, :steps], mask=inputs.mask[1:2, :steps])
+    each = replace(one, history=one.history.expand(B, -1, -1, -1), mask=one.mask.expand(B, -1))
+    expected = logits(model, each)
+    assert expected.shape == (B,)
+    torch.testing.assert_close(logits(model, one), expected)

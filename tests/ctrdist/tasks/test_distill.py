@@ -85,20 +85,17 @@ def test_the_vanilla_networks_exported_graph_is_the_plain_backbones(name: str):
     with torch.no_grad():  # what it has learnt, and from whom, is no part of a graph
         for weight in task.vanilla.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    vanilla, alone = export_dense(task.vanilla, batch), export_dense(plain, replace(batch, vector=None))
+    vanilla, alone = (export_dense(model, batch.history.shape[1]) for model in (task.vanilla, plain))
     assert described(vanilla) == described(alone)
     assert len(vanilla.state_dict) == len(task.vanilla.backbone.state_dict())
     other = batch_of(9, seed=2)
-    inputs = task.vanilla.inputs(other)
-    named = {"fields": inputs.fields, "history": inputs.history, "mask": inputs.mask}
-    named |= {} if inputs.first_order is None else {"first_order": inputs.first_order}
     with torch.no_grad():
-        torch.testing.assert_close(vanilla.module()(**named), task.vanilla.predict(other))
+        torch.testing.assert_close(vanilla.module()(*task.vanilla.look_up(other)), task.vanilla.predict(other))
 
 
 def test_the_gain_networks_exported_graph_reads_the_vector():
     task, batch = pair("dcnv2").eval(), batch_of(5)
-    gain, vanilla = (described(export_dense(model, batch)) for model in (task.gain, task.vanilla))
+    gain, vanilla = (described(export_dense(model, batch.history.shape[1])) for model in (task.gain, task.vanilla))
     assert "join.weight" in [name for name, *_ in gain[1]] and "vector" in [node[1] for node in gain[0]]
     assert "vector" not in str(vanilla) and "join" not in str(vanilla)
 
