@@ -16,10 +16,11 @@ from ctrdist.encode import encode
 from ctrdist.errors import UserError
 from ctrdist.fields import load_encoders
 from ctrdist.items import Catalog
-from ctrdist.schema import HISTORY, ITEM_ID, LABEL, NUMERIC, Schema
+from ctrdist.schema import HISTORY, ITEM_ID, LABEL, NUMERIC, USER_ID, Schema
 from ctrdist.shards import read_state, save_whole
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig
 from ctrdist.text_table import load_text_table
+from ctrdist.vocabulary import UNKNOWN
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 SERVES = "release.json"
@@ -185,6 +186,13 @@ class Release:
         )
         table = encode(rows, self.schema, self.vocabularies, self.catalog)
         return self.model.predict(collate(table, self.schema, self.catalog, self.text_table)).numpy()
+
+    def known(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each row has a user with a row of its own in the vocabulary, and an item of the catalog, bool [n]."""
+        users = np.ones(rows.num_rows, bool)
+        if USER_ID in self.vocabularies:
+            users = self.vocabularies[USER_ID].lookup(rows[USER_ID], USER_ID) != UNKNOWN
+        return users, self.catalog.ids.lookup(rows[ITEM_ID], ITEM_ID) != UNKNOWN
 
     @property
     def columns(self) -> list[str]:

@@ -10,43 +10,87 @@ import pandas as pd
 import pyarrow as pa
 
 import ctrdist
+from ctrdist.errors import UserError
 from ctrdist.export import SERVES, Release, load_click_model, save_click_model
+from ctrdist.gate import refused
 from ctrdist.log import read_row_group
-from ctrdist.report import write_report
 from ctrdist.schema import HISTORY
 from ctrdist.storage import Manifest, fingerprint
 from ctrdist.text_table import FACTS, TABLE
 from raycluster import reporting
 from raycluster.day import Day, say
+from raycluster.gate import CLICK_RATE, Gate, act, content, lines
+from raycluster.ingest import LogReader
+from raycluster.mlflow_server import PATIENCE, mlflow_quiet
 from raycluster.retention import prune
-from raycluster.tracking import mlflow_quiet
+from raycluster.stages.read import Read
+from raycluster.versions import ARTIFACT, DATE, RELEASE, Versions
 
 Scored = tuple[Manifest, Manifest | None]
 CODE = [str(Path(ctrdist.__file__).parent)]
+SAMPLE = 200
+"""Test rows whose scores must be the same after the registered version is loaded."""
 SERVING = ("torch", "pyarrow", "pandas", "numpy", "safetensors", "pyyaml", "transformers")
 
 
-def release(day: Day, read: Manifest, models: dict[str, Scored], report: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write the day's release, log it, register it, and let go of what is old.
+def release(day: Day, read: Read, models: dict[str, Scored], report: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write the day's release, register it, let the gate decide on it, log it, and let go of what is old.
 
     Args:
-        read: output with schema, vocabularies and catalog.
+        read: schema, vocabularies, catalog and the test rows.
         models: by name, a click model's output and its text table's; the last one serves.
-        report: the day's report.
+        report: the day's report; `gate` is added to it.
         facts: what the next day starts from, besides the models.
     """
-    written = write_release(day, read, models, report, facts)
-    reporting.log(day, report, written)
-    version_ = register(day, written)
-    day.state.annotate(day.release, {"registered": version_})
-    say(f"registered as {version_}")
+    facts = facts | {"model_name": day.options.model_name}
+    written = write_release(day, read.output, models, facts)
+    versions = Versions(day.tracker.server, day.options.model_name)
+    version = register(day, versions, written, labels(read, report))
+    say(f"registered as {versions.name} version {version}")
+    decision = pass_gate(day, read, versions, version, written)
+    report["gate"] = decision
+    reporting.publish(day, report)
+    day.tracker.set_tags(day.run_id, {"version": version, "promoted": decision["promoted"]})
+    day.state.annotate(day.release, {"registered": f"{versions.name} version {version}", "gate": decision})
     prune(day.state, day.options.keep_releases, str(day.date))
 
 
-def write_release(
-    day: Day, read: Manifest, models: dict[str, Scored], report: dict[str, Any], facts: dict[str, Any]
-) -> Manifest:
-    """Write everything that serving and the next day need, and the report, as one output. Arguments as `release`."""
+def labels(read: Read, report: dict[str, Any]) -> dict[str, str]:
+    """What a version's tags say of it, besides what it is: of the model that serves, the last one of the report."""
+    served = [model for name, model in report["models"].items() if name != "best"][-1]
+    return {CLICK_RATE: str(read.click_rate), "auc": str(served["auc"]), "log_loss": str(served["log_loss"])}
+
+
+def pass_gate(day: Day, read: Read, versions: Versions, version: str, written: Manifest) -> dict[str, Any]:
+    """Check that a version is whole and call it challenger, then decide whether it takes over, and let it.
+
+    What was decided of it before stays decided.
+    """
+    decision = versions.decision(versions.get(version))
+    if decision is None or "skipped" in decision:
+        options, release_ = day.options, Release(day.state.local(written.name))
+        sample = example_rows(day, release_, rows=SAMPLE)
+        try:
+            versions.require_whole(version, sample, release_.predict_frame(sample))
+        except UserError as error:
+            decision = {"version": version, "skipped": True} | refused(str(error))
+        else:
+            versions.challenge(version)
+            if options.promote:
+                groups = read.groups(day.window.test)
+                reader = LogReader(options.data, day.state.uri, read.output.name)
+                gate = Gate(day.state, day.plan, versions, reader, groups, options.gate, options.seed)
+                decision = gate.judge(version)
+            else:
+                decision = {"version": version, "skipped": True} | refused("--no-promote: the gate was not asked")
+    act(versions, version, decision)
+    for line in lines(versions.name, decision):
+        say(f"gate       {line}")
+    return decision
+
+
+def write_release(day: Day, read: Manifest, models: dict[str, Scored], facts: dict[str, Any]) -> Manifest:
+    """Write everything that serving and the next day need as one output. Arguments as `release`."""
     state, served = day.state, list(models)[-1]
     facts = facts | {"read": read.name, "options": day.options.result(), "trained_days": day.trained_days}
     facts |= {name: output.name for name, (output, _) in models.items()}
@@ -65,55 +109,42 @@ def write_release(
                     shutil.copy(state.local(text.name) / part, folder)
         text = models[served][1]
         (folder / SERVES).write_text(json.dumps({"serves": served, "text_model": text and text.facts["model"]}))
-        write_report(report, folder)
-    publish(day)
     return state.find(day.release)
 
 
-def publish(day: Day) -> None:
-    """Put `report.json` and `report.html` where people look for them, beside the release's manifest."""
-    from pyarrow import fs
-
-    from ctrdist.storage import filesystem
-
-    filesystem_, root = filesystem(day.state.uri)
-    manifest = day.state.find(day.release)
-    folder = f"{root}/{day.release}"
-    filesystem_.create_dir(folder, recursive=True)
-    for name in ("report.json", "report.html"):
-        fs.copy_files(f"{root}/{manifest.folder}/{name}", f"{folder}/{name}", filesystem_, filesystem_)
-
-
-def register(day: Day, written: Manifest) -> str:
-    """Log the release as an MLflow model with signature and input example, and register it; returns name and version.
+def register(day: Day, versions: Versions, written: Manifest, about: dict[str, str]) -> str:
+    """Log the release as an MLflow model with signature and input example, and register it; returns the version.
 
     A release whose models and tables are registered already keeps its version.
+
+    Args:
+        about: tags of the version.
     """
-    client, name = day.tracker.client, day.options.experiment
-    content = fingerprint({path: facts for path, facts in written.files.items() if not path.startswith("report.")})
-    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("release") == content]
-    if known:
-        return f"{name} version {known[0].version}"
+    release_ = content(written)
+    if known := versions.find(release_):
+        return known.version
     folder = day.state.local(written.name)
     loaded = Release(folder)
     example = example_rows(day, loaded)
-    with mlflow_quiet() as mlflow:
-        mlflow.set_tracking_uri(day.tracker.uri)
-        with mlflow.start_run(run_id=day.run_id):
-            info = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(Path(__file__).with_name("serving_model.py")),
-                artifacts={"release": str(folder)},
-                code_paths=CODE,
-                signature=signature(day, loaded),
-                input_example=example,
-                pip_requirements=[f"{package}=={version(package)}" for package in SERVING],
-            )
-        labels = {"release": content, "date": str(day.date)}
-        if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name)
-        made = client.create_model_version(name, info.model_uri, day.run_id, labels, model_id=info.model_id)
-    return f"{name} version {made.version}"
+    run_id = day.tracker.id_of(day.run_id, PATIENCE)
+
+    def log_model() -> Any:
+        with mlflow_quiet() as mlflow:
+            mlflow.set_tracking_uri(day.tracker.uri)
+            with mlflow.start_run(run_id=run_id):
+                return mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(Path(__file__).with_name("serving_model.py")),
+                    artifacts={"release": str(folder)},
+                    code_paths=CODE,
+                    signature=signature(day, loaded),
+                    input_example=example,
+                    pip_requirements=[f"{package}=={version(package)}" for package in SERVING],
+                )
+
+    info = versions.server.patiently(log_model)
+    tags = {RELEASE: release_, ARTIFACT: fingerprint(written.files), DATE: str(day.date)}
+    return versions.create(info.model_uri, run_id, info.model_id, about | tags).version
 
 
 def signature(day: Day, release: Release) -> Any:

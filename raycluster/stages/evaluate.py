@@ -1,7 +1,9 @@
 """The last stage: every model on the same test rows."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -12,9 +14,11 @@ from ctrdist.beside import PROBABILITY
 from ctrdist.encode import ITEM
 from ctrdist.epoch import plan_pass
 from ctrdist.export import load_click_model
+from ctrdist.log import RowGroup
 from ctrdist.schema import LABEL, USER_ID
 from ctrdist.storage import Manifest, State, fingerprint
 from raycluster import ingest
+from raycluster.cluster import Plan
 from raycluster.day import Day
 from raycluster.ingest import LogReader
 from raycluster.stages.click import encoded_batch
@@ -87,6 +91,35 @@ class Scorer:
         return pa.table(columns)
 
 
+def score(
+    reader: LogReader,
+    groups: list[RowGroup],
+    keep: tuple[str, ...],
+    plan: Plan,
+    actor: type,
+    gpus: int = 0,
+    **arguments: Any,
+) -> Iterator[pa.Table]:
+    """Rows of the log through actors that score them, each row once, in tables as they come.
+
+    Args:
+        keep: columns that the actors need as they are in the log.
+        actor: class whose instances take encoded rows and return a table with as many.
+        gpus: that each of them computes on.
+        arguments: of the class, besides `reader` and `threads`.
+    """
+    scored = ingest.stream(reader, plan_pass(groups), keep=keep).map_batches(
+        actor,
+        batch_size=4096,
+        batch_format="pyarrow",
+        num_cpus=plan.worker_cpus,
+        num_gpus=gpus,
+        compute=ActorPoolStrategy(size=plan.workers),
+        fn_constructor_kwargs={"reader": reader, "threads": plan.threads, **arguments},
+    )
+    return iter(scored.iter_batches(batch_size=65536, batch_format="pyarrow"))
+
+
 def evaluate(
     day: Day,
     read: Read,
@@ -123,26 +156,12 @@ def evaluate(
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         keep = (USER_ID, *filter(None, (day.schema.truth, written and PROBABILITY)))
-        stream = ingest.stream(reader, plan_pass(groups), keep=keep)
-        scored = stream.map_batches(
-            Scorer,
-            batch_size=4096,
-            batch_format="pyarrow",
-            num_cpus=day.plan.worker_cpus,
-            num_gpus=gpus,
-            compute=ActorPoolStrategy(size=day.plan.workers),
-            fn_constructor_kwargs={
-                "reader": reader,
-                "models": outputs,
-                "beside": written,
-                "threads": day.plan.threads,
-                "device": "cuda" if gpus else "cpu",
-            },
-        )
+        device = "cuda" if gpus else "cpu"
+        scored = score(reader, groups, keep, day.plan, Scorer, gpus, models=outputs, beside=written, device=device)
         facts = {"rows": read.total(day.window.test)}
         with day.state.create(name, inputs, facts) as folder:
             writer, rows = None, 0
-            for table in scored.iter_batches(batch_size=65536, batch_format="pyarrow"):
+            for table in scored:
                 writer = writer or pq.ParquetWriter(folder / "predictions.parquet", table.schema)
                 writer.write_table(table)
                 rows += table.num_rows
@@ -156,7 +175,11 @@ def evaluate(
     names = [*models, *(["best"] if day.schema.truth else [])]
     scores = {name: table[name].to_numpy() for name in names}
     seen, label = read.counts[table[ITEM].to_numpy()], table[LABEL].to_numpy()
-    users = table[USER_ID].combine_chunks().dictionary_encode().indices.to_numpy()
-    result = metrics.evaluate(users, seen, label, scores)
+    result = metrics.evaluate(user_numbers(table), seen, label, scores)
     first, last = names[0], list(models)[-1]
     return result | {"gain": metrics.gain(seen, label, scores[first], scores[last]) if first != last else {}}
+
+
+def user_numbers(table: pa.Table) -> np.ndarray:
+    """The user of each row as an integer from 0, [n], in the order in which they come."""
+    return table[USER_ID].combine_chunks().dictionary_encode().indices.to_numpy()
