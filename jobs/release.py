@@ -27,7 +27,7 @@ from raycluster.day import day_releases, say
 from raycluster.gate import Gate
 from raycluster.ingest import LogReader
 from raycluster.mlflow_server import Server
-from raycluster.versions import DATE, SERVED_SINCE, Versions
+from raycluster.versions import DATE, SERVED_SINCE, Version, Versions
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ def list_versions(versions: Versions) -> None:
         table.add_column(column, justify="right" if column in ("version", "AUC", "log loss") else "left")
     aliases = versions.aliases()
     for version in versions.all():
-        mine = ", ".join(sorted(alias for alias, number in aliases.items() if number == version.version))
+        mine = ", ".join(sorted(alias for alias, number in aliases.items() if number == version.number))
         numbers = (metric(_number(version.tags.get(name))) for name in ("auc", "log_loss"))
-        table.add_row(version.version, version.tags.get(DATE, "-"), mine, *numbers, _verdict(versions, version))
+        table.add_row(version.number, version.tags.get(DATE, "-"), mine, *numbers, _verdict(version))
     Console().print(table)
 
 
@@ -152,8 +152,8 @@ def _number(text: str | None) -> float | None:
     return float(text) if text not in (None, "None") else None
 
 
-def _verdict(versions: Versions, version: Any) -> str:
-    decision = versions.decision(version)
+def _verdict(version: Version) -> str:
+    decision = version.decision
     if decision is None:
         return "-"
     if not decision["promoted"]:
@@ -171,21 +171,21 @@ def compare(options: Compare, state: State, newest: Manifest, versions: Versions
 def promote(options: Promote, state: State, newest: Manifest, versions: Versions) -> None:
     """Make a version champion."""
     version, champion = versions.get(options.version), versions.champion()
-    if champion and champion.version == version.version:
-        return say(f"{versions.name} version {version.version} is champion already. Nothing to do")
-    versions.require_whole(version.version)
+    if champion and champion.number == version.number:
+        return say(f"{versions.name} version {version.number} is champion already. Nothing to do")
+    versions.require_whole(version.number)
     if options.force:
-        decision = {"version": version.version, "promoted": True, "forced": True, "reasons": []}
-        decision["champion_version"] = champion and champion.version
+        decision = {"version": version.number, "promoted": True, "forced": True, "reasons": []}
+        decision["champion_version"] = champion and champion.number
     else:
         pair = [version, champion] if champion else [version]
-        decision = gate_of(options, state, newest, versions, pair).judge(version.version)
-        show(versions, version.version, champion and champion.version, decision)
-    versions.record(version.version, decision)
+        decision = gate_of(options, state, newest, versions, pair).judge(version.number)
+        show(versions, version.number, champion and champion.number, decision)
+    versions.record(version.number, decision)
     if not decision["promoted"]:
-        raise UserError(f"the gate refuses {versions.name} version {version.version}; --force promotes it all the same")
-    versions.promote(version.version)
-    say(f"{versions.name} version {version.version} is champion")
+        raise UserError(f"the gate refuses {versions.name} version {version.number}; --force promotes it all the same")
+    versions.promote(version.number)
+    say(f"{versions.name} version {version.number} is champion")
 
 
 def roll_back(versions: Versions) -> None:
@@ -196,7 +196,7 @@ def roll_back(versions: Versions) -> None:
     say(f"{versions.name} version {before} is champion again, in place of version {now}")
 
 
-def gate_of(options: OnRows, state: State, newest: Manifest, versions: Versions, compared: list[Any]) -> Gate:
+def gate_of(options: OnRows, state: State, newest: Manifest, versions: Versions, compared: list[Version]) -> Gate:
     """The gate over the test rows of a date, by what the newest day knows of the log."""
     options.gate.check()
     if not options.data:

@@ -21,7 +21,7 @@ from ctrdist.storage import Manifest, State, fingerprint
 from raycluster.cluster import Plan
 from raycluster.ingest import LogReader
 from raycluster.stages.evaluate import score, user_numbers
-from raycluster.versions import DATE, RELEASE, SERVED_SINCE, Versions
+from raycluster.versions import DATE, RELEASE, SERVED_SINCE, Version, Versions
 
 CLICK_RATE = "click_rate"
 """Tag of a version: the click rate of the rows that it was trained on."""
@@ -83,8 +83,8 @@ class Gate:
         """Whether a version, which is whole, is to take over from the champion (`ctrdist.gate.decide`), and between
         whom: `version`, `champion_version`."""
         version, champion = self.versions.get(number), self.versions.champion()
-        about = {"version": number, "champion_version": champion and champion.version}
-        if champion and champion.version == number:
+        about = {"version": number, "champion_version": champion and champion.number}
+        if champion and champion.number == number:
             return about | refused("it is the champion already")
         if champion and _date(version) < _date(champion):
             return about | refused(f"it is of {_date(version)}, older than the champion, of {_date(champion)}")
@@ -93,7 +93,7 @@ class Gate:
         except UserError as error:
             return about | refused(f"it cannot be compared: {error}")
 
-    def compare(self, version: Any, other: Any | None) -> dict[str, Any]:
+    def compare(self, version: Version, other: Version | None) -> dict[str, Any]:
         """`ctrdist.gate.decide` of two versions; the other one is the champion in it. None stands for the click rate.
 
         Raises:
@@ -116,16 +116,16 @@ class Gate:
         return decide(user, label, scores["challenger"], scores.get("champion"), rate, self.config, self.seed)
 
     @contextmanager
-    def _release(self, version: Any) -> Iterator[str]:
+    def _release(self, version: Version) -> Iterator[str]:
         """Name of the output that has a version's release: its own, or, for a while, a copy of the registry's."""
         own = f"releases/{version.tags.get(DATE)}"
         found = self.state.find(own)
         if found and content(found) == version.tags.get(RELEASE):
             yield own
             return
-        copy = f"gate/{version.tags.get(RELEASE, version.version)}"
+        copy = f"gate/{version.tags.get(RELEASE, version.number)}"
         if not self.state.find(copy):
-            with self.versions.artifact(version.version) as (_, folder), self.state.create(copy) as out:
+            with self.versions.artifact(version.number) as (_, folder), self.state.create(copy) as out:
                 shutil.copytree(folder, out, dirs_exist_ok=True)
         try:
             yield copy
@@ -133,7 +133,7 @@ class Gate:
             self.state.remove(copy)
 
 
-def _date(version: Any) -> str:
+def _date(version: Version) -> str:
     """The day that a version was trained up to; "" for one over the log's own splits, which is of no day."""
     date = version.tags.get(DATE, "")
     return date if date[:1].isdigit() else ""
@@ -169,5 +169,5 @@ def lines(name: str, decision: dict[str, Any]) -> list[str]:
             f"AUC {metric(mine['auc'])} ({signed(auc['value'])}), log loss {metric(mine['log_loss'])} "
             f"({signed(loss['value'])}), calibration {metric(mine['calibration_ratio'])}"
         )
-    verdict = "is champion" if decision["promoted"] else f"stays challenger: {'; '.join(decision['reasons'])}"
+    verdict = "is champion" if decision["promoted"] else f"does not take over: {'; '.join(decision['reasons'])}"
     return [*told, f"{number} {verdict}"]

@@ -1,5 +1,6 @@
 """Records on their way to a server that may be slow, or away: a file takes them at once, a thread delivers them."""
 
+import datetime as dt
 import fcntl
 import json
 import logging
@@ -34,7 +35,7 @@ class Journal:
 
     def __init__(self, folder: Path, deliver: Callable[[list[dict[str, Any]]], None]) -> None:
         self.folder = folder
-        self.path = folder / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:8]}.jsonl"
+        self.path = folder / f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.jsonl"
         self._deliver = deliver
         self._file: IO[bytes] | None = None
         self._earlier = self._left()

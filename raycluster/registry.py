@@ -66,27 +66,27 @@ def pass_gate(day: Day, read: Read, versions: Versions, version: str, written: M
 
     What was decided of it before stays decided.
     """
-    decision = versions.decision(versions.get(version))
+    decision = versions.get(version).decision
     if decision is None or "skipped" in decision:
-        options, release_ = day.options, Release(day.state.local(written.name))
-        sample = example_rows(day, release_, rows=SAMPLE)
-        try:
-            versions.require_whole(version, sample, release_.predict_frame(sample))
-        except UserError as error:
-            decision = {"version": version, "skipped": True} | refused(str(error))
-        else:
-            versions.challenge(version)
-            if options.promote:
-                groups = read.groups(day.window.test)
-                reader = LogReader(options.data, day.state.uri, read.output.name)
-                gate = Gate(day.state, day.plan, versions, reader, groups, options.gate, options.seed)
-                decision = gate.judge(version)
-            else:
-                decision = {"version": version, "skipped": True} | refused("--no-promote: the gate was not asked")
+        decision = {"version": version} | _judge(day, read, versions, version, written)
     act(versions, version, decision)
     for line in lines(versions.name, decision):
         say(f"gate       {line}")
     return decision
+
+
+def _judge(day: Day, read: Read, versions: Versions, version: str, written: Manifest) -> dict[str, Any]:
+    options, release_ = day.options, Release(day.state.local(written.name))
+    sample = example_rows(day, release_, rows=SAMPLE)
+    try:
+        versions.require_whole(version, sample, release_.predict_frame(sample))
+    except UserError as error:
+        return {"skipped": True} | refused(str(error))
+    versions.challenge(version)
+    if not options.promote:
+        return {"skipped": True} | refused("the gate was not asked (--no-promote)")
+    groups, reader = read.groups(day.window.test), LogReader(options.data, day.state.uri, read.output.name)
+    return Gate(day.state, day.plan, versions, reader, groups, options.gate, options.seed).judge(version)
 
 
 def write_release(day: Day, read: Manifest, models: dict[str, Scored], facts: dict[str, Any]) -> Manifest:
@@ -122,7 +122,7 @@ def register(day: Day, versions: Versions, written: Manifest, about: dict[str, s
     """
     release_ = content(written)
     if known := versions.find(release_):
-        return known.version
+        return known.number
     folder = day.state.local(written.name)
     loaded = Release(folder)
     example = example_rows(day, loaded)
@@ -144,7 +144,7 @@ def register(day: Day, versions: Versions, written: Manifest, about: dict[str, s
 
     info = versions.server.patiently(log_model)
     tags = {RELEASE: release_, ARTIFACT: fingerprint(written.files), DATE: str(day.date)}
-    return versions.create(info.model_uri, run_id, info.model_id, about | tags).version
+    return versions.create(info.model_uri, run_id, info.model_id, about | tags)
 
 
 def signature(day: Day, release: Release) -> Any:

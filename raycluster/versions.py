@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,23 @@ CHAMPIONS = "champions"
 MOST_CHAMPIONS = 1000
 
 
+class Version(NamedTuple):
+    """A version of the model.
+
+    Args:
+        number: of it, as the registry and the command line name it.
+        tags: what is said of it.
+    """
+
+    number: str
+    tags: dict[str, str]
+
+    @property
+    def decision(self) -> dict[str, Any] | None:
+        """What the gate decided of it, if it did."""
+        return json.loads(self.tags[GATE]) if GATE in self.tags else None
+
+
 class Versions:
     """The versions of one registered model. Every call waits a while for a server that is away.
 
@@ -40,32 +57,32 @@ class Versions:
     def __init__(self, server: Server, name: str) -> None:
         self.server, self.name = server, name
 
-    def all(self) -> list[Any]:
-        """All versions as MLflow has them, the newest first."""
+    def all(self) -> list[Version]:
+        """All versions, the newest first."""
         found = self._call(lambda client: client.search_model_versions(f"name = '{self.name}'"))
-        return sorted(found, key=lambda version: -int(version.version))
+        return [Version(str(v.version), dict(v.tags)) for v in sorted(found, key=lambda v: -int(v.version))]
 
-    def get(self, number: str) -> Any:
-        """A version as MLflow has it. Raises UserError if there is no such one."""
+    def get(self, number: str) -> Version:
+        """A version. Raises UserError if there is no such one."""
         for version in (every := self.all()):
-            if version.version == str(number):
+            if version.number == number:
                 return version
-        known = ", ".join(version.version for version in every) or "none"
+        known = ", ".join(version.number for version in every) or "none"
         raise UserError(f"{self.name} has no version {number} at {self.server.shown}; its versions: {known}")
 
-    def find(self, release: str) -> Any | None:
+    def find(self, release: str) -> Version | None:
         """The version of a release, by the fingerprint of its content."""
         return next((version for version in self.all() if version.tags.get(RELEASE) == release), None)
 
-    def create(self, source: str, run_id: str, model_id: str, tags: dict[str, str]) -> Any:
-        """A new version; the model is made with its first one. With the tags of one that is there, that one."""
+    def create(self, source: str, run_id: str, model_id: str, tags: dict[str, str]) -> str:
+        """Register a release, and the model with its first one; returns the version's number."""
 
-        def make(client: Any) -> Any:
-            if found := self.find(tags[RELEASE]):  # an earlier try, of which no answer came
-                return found
+        def make(client: Any) -> str:
+            if found := self.find(tags[RELEASE]):  # made by an earlier try, of which no answer came
+                return found.number
             if not client.search_registered_models(f"name = '{self.name}'"):
                 client.create_registered_model(self.name)
-            return client.create_model_version(self.name, source, run_id, tags, model_id=model_id)
+            return str(client.create_model_version(self.name, source, run_id, tags, model_id=model_id).version)
 
         return self._call(make)
 
@@ -74,10 +91,10 @@ class Versions:
         model = self._model()
         return {alias: str(number) for alias, number in model.aliases.items()} if model else {}
 
-    def champion(self) -> Any | None:
+    def champion(self) -> Version | None:
         """The version that serves."""
         number = self.aliases().get(CHAMPION)
-        return number and self.get(number)
+        return self.get(number) if number else None
 
     def challenge(self, number: str) -> None:
         """Give a version the alias `challenger`."""
@@ -86,10 +103,6 @@ class Versions:
     def record(self, number: str, decision: dict[str, Any]) -> None:
         """Keep what the gate decided of a version."""
         self._tag(number, GATE, json.dumps(decision))
-
-    def decision(self, version: Any) -> dict[str, Any] | None:
-        """What the gate decided of a version, if it did."""
-        return json.loads(version.tags[GATE]) if GATE in version.tags else None
 
     def promote(self, number: str) -> None:
         """Make a version the champion. The same in whatever state an earlier try ended."""
