@@ -80,11 +80,21 @@ class Server:
             if self._client is None:
                 if self.uri.startswith("sqlite:///"):
                     Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+                self._probe()
                 with mlflow_quiet() as mlflow:
                     client = mlflow.MlflowClient(tracking_uri=self.uri)
                     client.search_experiments(max_results=1)
                 self._client = client
             return self._client
+
+    def _probe(self) -> None:
+        """Raise what a database that is away raises: MLflow itself would try for minutes, and hold a lock meanwhile."""
+        if self.uri.startswith(("sqlite", "http://", "https://", "databricks")) or "://" not in self.uri:
+            return
+        import sqlalchemy
+
+        engine = sqlalchemy.create_engine(self.uri, poolclass=sqlalchemy.NullPool)
+        engine.connect().close()
 
     def experiment(self, name: str) -> str:
         """The id of an experiment, which is created if it is missing.
@@ -105,7 +115,7 @@ class Server:
             return self._experiments[name]
 
     def first_contact(self, experiment: str) -> bool:
-        """Whether it answers within a few seconds; if not, a warning says so.
+        """Whether it answers within a few seconds; if not, a warning says so. SQLite is waited for.
 
         Raises:
             UserError: it never will: nothing usable is at the URI, or the experiment was deleted.
@@ -118,9 +128,11 @@ class Server:
             except Exception as error:  # MLflow, requests and SQLAlchemy each raise their own
                 failed.append(error)
 
+        with mlflow_quiet():  # the import takes seconds, which are not the server's
+            pass
         thread = threading.Thread(target=contact, name="mlflow-first-contact", daemon=True)
         thread.start()
-        thread.join(FIRST_CONTACT)
+        thread.join(None if self.uri.startswith("sqlite") else FIRST_CONTACT)
         if failed and isinstance(failed[0], UserError):
             raise failed[0]
         if failed and not self.away(failed[0]):
@@ -185,19 +197,29 @@ class Server:
     def deliver(self, records: list[dict[str, Any]]) -> None:
         """Write what a `raycluster.tracking.Tracker` recorded. All of it may come a second time, and changes nothing.
 
-        What the server refuses for good is left out with a warning; any other error is raised, for another try.
+        What the server refuses for good is left out with a warning.
+
+        Raises:
+            ConnectionError: anything else went wrong; another try may go better.
         """
         for (kind, run), group in groupby(records, lambda record: (record["kind"], record["run"])):
             for record in _together(list(group)) if kind == "metrics" else group:
-                try:
-                    if kind == "open":
-                        self._open(run, record)
-                    elif run in self.runs:  # else it was refused
-                        getattr(self, f"_{kind}")(self.runs[run], record)
-                except Exception as error:
-                    if getattr(error, "error_code", "") not in _REFUSED:
-                        raise
-                    log.warning("MLflow refuses %s: %s", json.dumps(record)[:200], self._reason(error))
+                self._write(kind, run, record)
+
+    def _write(self, kind: str, run: str, record: dict[str, Any]) -> None:
+        try:
+            if kind == "open":
+                self._open(run, record)
+            elif run in self.runs:  # else it was refused
+                getattr(self, f"_{kind}")(self.runs[run], record)
+        except Exception as error:
+            if getattr(error, "error_code", "") not in _REFUSED:
+                raise ConnectionError(self._reason(error)) from error
+            if len(entries := record.get("metrics", [])) > 1:  # one of them may be to blame
+                for entry in entries:
+                    self._write(kind, run, {"metrics": [entry]})
+            else:
+                log.warning("MLflow refuses %s: %s", json.dumps(record)[:200], self._reason(error))
 
     def _open(self, run: str, record: dict[str, Any]) -> None:
         experiment, tags = self.experiment(record["experiment"]), record["tags"]
@@ -272,14 +294,31 @@ def mlflow_quiet() -> Iterator[Any]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # who calls it tries again, and can be interrupted
     import mlflow
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Making a database resets logger levels from MLflow's own file, so INFO is turned off altogether meanwhile.
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.INFO))
+    _Silence.begin()
     try:
         yield mlflow
     finally:
-        logging.disable(before)
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        _Silence.end()
+
+
+class _Silence:
+    """INFO turned off altogether while any thread speaks to MLflow: making a database resets the levels of loggers."""
+
+    lock, threads, before = threading.Lock(), 0, 0
+
+    @classmethod
+    def begin(cls) -> None:
+        with cls.lock:
+            if not cls.threads:
+                cls.before = logging.root.manager.disable
+                logging.disable(max(cls.before, logging.INFO))
+            cls.threads += 1
+
+    @classmethod
+    def end(cls) -> None:
+        with cls.lock:
+            cls.threads -= 1
+            if not cls.threads:
+                logging.disable(cls.before)
+                for name in ("mlflow", "alembic"):
+                    logging.getLogger(name).setLevel(logging.WARNING)

@@ -117,7 +117,8 @@ def test_a_day_without_the_gate(registered_here, options, versions):
     assert "auc" in versions.get("4").tags
 
 
-def test_list_and_compare(registered_here, options, versions, capsys):
+def test_list_and_compare(registered_here, options, versions, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     release(options, "list")
     rows = [line for line in capsys.readouterr().out.splitlines() if "2024-01-0" in line]
     assert len(rows) == 4 and "challenger" in rows[0] and "champion since" in rows[1]
