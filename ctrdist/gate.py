@@ -23,8 +23,9 @@ class GateConfig:
         significance: it loses in AUC, or in log loss, where no more than this share of the resamples shows no loss.
         resamples: of the users, with replacement.
         calibration_ratio: its mean prediction may be the click rate times this, or divided by this, and no further off
-            unless the champion's is as far off.
-        calibration_error: its expected calibration error may be this large, and no larger unless the champion's is.
+            unless the champion's is as far off, or so few rows explain it.
+        calibration_error: its expected calibration error may be this large, and no larger unless the champion's is, or
+            so few rows explain it.
         coverage_drop: its share of known test users, or items, may be smaller than the champion's by this much.
     """
 
@@ -113,9 +114,11 @@ def decide(
     mine, theirs = _measures(label, challenger), _measures(label, other)
     drawn = paired_by_user(user, label, other.probability, challenger.probability, config.resamples, seed)
     if champion:
-        reasons = _losses(mine, theirs, drawn, config) + _bounds(mine, theirs, config)
+        reasons = _losses(mine, theirs, drawn, config)
     else:
-        reasons = _gains(mine, theirs, drawn, config) + _bounds(mine, None, config)
+        reasons = _gains(mine, theirs, drawn, config)
+    reasons += _calibration(mine, theirs if champion else None, label, config)
+    reasons += _coverage(mine, theirs, config) if champion else []
     about |= {"challenger": mine, "champion" if champion else "constant": theirs}
     about |= {"auc": drawn.auc._asdict(), "log_loss": drawn.log_loss._asdict()}
     return json_safe(about | {"promoted": not reasons, "reasons": reasons})
@@ -163,29 +166,36 @@ def _gains(mine: dict, constant: dict, drawn: Drawn, config: GateConfig) -> list
     ]
 
 
-def _bounds(mine: dict, theirs: dict | None, config: GateConfig) -> list[str]:
-    """Where the challenger is out of bounds, in sentences."""
-    found = []
-    off = _off(mine["calibration_ratio"])
-    if off > max(math.log(config.calibration_ratio), _off(theirs["calibration_ratio"]) if theirs else 0) + NOISE:
+def _calibration(mine: dict, theirs: dict | None, label: NDArray, config: GateConfig) -> list[str]:
+    """Where the challenger predicts too much or too little, in sentences."""
+    found, rate = [], float((label > 0).mean())
+    # By chance the click rate of so many rows is off by this much (twice its standard error, relative to it), and that
+    # of each of the ten bins by this much on average.
+    by_chance = 2 * math.sqrt((1 - rate) / rate / label.size) if rate else 0.0
+    in_bins = math.sqrt(2 / math.pi * rate * (1 - rate) / (label.size / 10))
+    most = max(math.log(config.calibration_ratio) + by_chance, _off(theirs["calibration_ratio"]) if theirs else 0)
+    if _off(mine["calibration_ratio"]) > most + NOISE:
         found.append(
             f"its mean prediction is {mine['calibration_ratio']:.3f} times the click rate "
             f"(--gate.calibration-ratio {config.calibration_ratio})"
         )
-    most = max(config.calibration_error, theirs["calibration_error"] if theirs else 0)
+    most = max(config.calibration_error + in_bins, theirs["calibration_error"] if theirs else 0)
     if mine["calibration_error"] > most + NOISE:
         found.append(
             f"its calibration error is {mine['calibration_error']:.4f} (--gate.calibration-error "
             f"{config.calibration_error})"
         )
-    for what in ("users", "items") if theirs else ():
-        known, before = mine[f"known_{what}"], theirs[f"known_{what}"]
-        if known < before - config.coverage_drop - NOISE:
-            found.append(
-                f"it knows {known:.1%} of the test {what}, the champion {before:.1%} (--gate.coverage-drop "
-                f"{config.coverage_drop})"
-            )
     return found
+
+
+def _coverage(mine: dict, theirs: dict, config: GateConfig) -> list[str]:
+    """What the challenger no longer knows, in sentences."""
+    return [
+        f"it knows {mine[known]:.1%} of the test {what}, the champion {theirs[known]:.1%} (--gate.coverage-drop "
+        f"{config.coverage_drop})"
+        for what in ("users", "items")
+        if mine[known := f"known_{what}"] < theirs[known] - config.coverage_drop - NOISE
+    ]
 
 
 def _off(ratio: float) -> float:

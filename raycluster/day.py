@@ -13,7 +13,7 @@ from typing import Literal
 from ctrdist.config import to_dict
 from ctrdist.errors import UserError
 from ctrdist.gate import GateConfig
-from ctrdist.log import SPLIT_WINDOW, Part, RowGroup, Window, choose_window, list_days, list_row_groups
+from ctrdist.log import SPLIT_WINDOW, Part, RowGroup, Window, choose_window, file_facts, list_days, list_row_groups
 from ctrdist.report import console_table
 from ctrdist.schema import Schema
 from ctrdist.storage import Manifest, State, filesystem, fingerprint
@@ -145,6 +145,12 @@ class Day:
                 self._groups[day] = list_row_groups(self.options.data, self.files, (day,), self.schema)
         return [group for day in days for group in self._groups[day]]
 
+    @property
+    def data_fingerprint(self) -> str:
+        """Of the files that are new to the state, or validated or tested on: their names, sizes and times of change."""
+        groups = self.groups(self.new_days + self.window.valid + self.window.test)
+        return fingerprint(file_facts(self.options.data, [group.path for group in groups]))
+
     def earlier(self, part: str) -> Manifest | None:
         """What the day that this one starts from calls `part`; None without such a day."""
         return self.state.find(self.previous.facts[part]) if self.previous else None
@@ -160,7 +166,12 @@ class Day:
         cluster.connect()
         self.plan = cluster.make_plan(self.options.workers, self.options.batch_sizes())
         labels = {"date": str(self.date), "options": fingerprint(self.options.result())}
-        about = {"code": code_version(), "schema": self.schema.fingerprint, "cluster": json.dumps(self.plan.cluster)}
+        about = {
+            "code": code_version(),
+            "schema": self.schema.fingerprint,
+            "data": self.data_fingerprint,
+            "cluster": json.dumps(self.plan.cluster),
+        }
         try:
             with self.tracker.run(str(self.date), params=self.options.shown(), tags=labels) as self.run_id:
                 self.tracker.set_tags(self.run_id, about)

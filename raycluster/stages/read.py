@@ -86,7 +86,6 @@ def read_log(day: Day, whole_window: bool = False) -> Read:
     files = file_facts(day.options.data, [g.path for g in groups])
     parts = day.schema.fingerprint, files, before and before.identity, day.window, day.options.expire_days, "clicks"
     inputs = fingerprint(*parts)
-    day.tracker.set_tags(day.run_id, {"data": fingerprint(files)})
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         return _read(day, name, inputs, groups, before)

@@ -54,8 +54,8 @@ def test_a_better_one_takes_over_and_so_does_a_tie(world):
     rounding = Scores(of(world, 0.5).probability - 1e-8)
     assert judge(world, rounding, of(world, 0.5))["promoted"], "a loss that is sure and nothing"
     little = judge(world, of(world, 0.52), of(world, 0.5), replace(CONFIG, significance=0.02))
-    few = tuple(column[:200] for column in world)
-    unsure = decide(few[0], few[1], of(few, 0.7), of(few, 0.5), 0.4, CONFIG)
+    few, other = tuple(column[:200] for column in world), tuple([*world[:3], np.roll(world[3], 1)])
+    unsure = decide(few[0], few[1], of(tuple(column[:200] for column in other), 0.8), of(few, 0.5), 0.4, CONFIG)
     assert unsure["auc"]["value"] < 0 and not any("worse" in reason for reason in unsure["reasons"])
     assert not little["promoted"], "surely worse, if by little, on many"
 
@@ -80,6 +80,9 @@ def test_calibration_is_bounded_unless_the_champion_is_as_far_off(world):
     assert any("times the click rate" in reason for reason in judge(world, low, high)["reasons"]) is False
     assert any("times the click rate" in reason for reason in judge(world, low, good)["reasons"])
     assert judge(world, high, high)["promoted"]
+    few = tuple(column[200:300] for column in world)
+    true = decide(few[0], few[1], Scores(sigmoid(few[2])), None, 0.4, CONFIG)
+    assert true["challenger"]["calibration_error"] > 0.05 and true["promoted"], "of the rows, which are few"
 
 
 def test_coverage_may_drop_by_a_little(world):
