@@ -74,7 +74,7 @@ def _difference(value: float, drawn: NDArray[np.float64]) -> Difference:
     if np.isnan(value) or not drawn.size:
         return Difference(value, np.nan, np.nan, 1.0, 1.0)
     low, high = np.percentile(drawn, (2.5, 97.5))
-    above, below = ((np.count_nonzero(side) + 1) / (drawn.size + 1) for side in (drawn <= 0, drawn >= 0))
+    above, below = (float((np.count_nonzero(side) + 1) / (drawn.size + 1)) for side in (drawn <= 0, drawn >= 0))
     return Difference(float(value), float(low), float(high), above, below)
 
 

@@ -10,7 +10,7 @@ State, data and server are those of the daily job: flags, or its `ctr.yaml`.
 
 import datetime as dt
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -28,6 +28,8 @@ from raycluster.gate import Gate
 from raycluster.ingest import LogReader
 from raycluster.mlflow_server import Server
 from raycluster.versions import DATE, SERVED_SINCE, Version, Versions
+
+Number = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="VERSION")]
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Compare(OnRows):
         challenger: number of the version to judge.
     """
 
-    champion: tyro.conf.Positional[str] = tyro.MISSING
-    challenger: tyro.conf.Positional[str] = tyro.MISSING
+    champion: Number = tyro.MISSING
+    challenger: Number = tyro.MISSING
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Promote(OnRows):
         force: do not ask the gate.
     """
 
-    version: tyro.conf.Positional[str] = tyro.MISSING
+    version: Number = tyro.MISSING
     force: bool = False
 
 
@@ -218,7 +220,8 @@ def gate_of(options: OnRows, state: State, newest: Manifest, versions: Versions,
 def show(versions: Versions, challenger: str, champion: str | None, decision: dict[str, Any]) -> None:
     """Print a decision with its numbers."""
     other = f"version {champion}" if "champion" in decision else "click rate"
-    print(gate_table(decision, f"version {challenger}", other), flush=True)
+    if "challenger" in decision:
+        print(gate_table(decision, f"version {challenger}", other), flush=True)
     for reason in decision["reasons"]:
         say(reason)
     say(f"the gate {'lets' if decision['promoted'] else 'does not let'} {versions.name} version {challenger} pass")

@@ -36,6 +36,8 @@ class Journal:
     def __init__(self, folder: Path, deliver: Callable[[list[dict[str, Any]]], None]) -> None:
         self.folder = folder
         self.path = folder / f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.jsonl"
+        self.trouble = ""
+        """Why the last try failed; "" once one goes well."""
         self._deliver = deliver
         self._file: IO[bytes] | None = None
         self._earlier = self._left()
@@ -95,7 +97,7 @@ class Journal:
         return waiting
 
     def _run(self) -> None:
-        delay, warned = FIRST_DELAY, False
+        delay = FIRST_DELAY
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self.waiting)
@@ -103,11 +105,11 @@ class Journal:
                     return
             try:
                 self._step()
-                delay, warned = FIRST_DELAY, False
+                delay, self.trouble = FIRST_DELAY, ""
             except Exception as error:  # whatever it is, the records are safe, and the next try may go better
-                if not warned:
+                if not self.trouble:
                     log.warning("records wait in %s: %s", self.folder, error)
-                warned = True
+                self.trouble = str(error) or type(error).__name__
                 self._pause(delay)
                 delay = min(2 * delay, LONGEST_DELAY)
 

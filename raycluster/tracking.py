@@ -167,7 +167,8 @@ class Tracker:
             UserError: it has not within so many seconds.
         """
         if waiting := self.journal.flush(seconds):
-            raise self.server.gone(f"{waiting:,} records wait in {self.journal.folder}")
+            trouble = self.journal.trouble or f"no answer in {seconds:.0f} s"
+            raise self.server.gone(f"{trouble}; {waiting:,} records wait in {self.journal.folder}")
         return self.server.runs[run_id]
 
     def close(self, seconds: float = LAST_WAIT) -> int:

@@ -190,6 +190,12 @@ def one(**changed) -> pa.Table:
     return pa.table({name: pa.array([value], types.get(name, pa.string())) for name, value in row.items()})
 
 
+def test_what_a_release_knows_of_rows(release):
+    rows = pa.concat_tables([one(), one(user_id="nobody"), one(item_id="ghost")])
+    users, items = release[0].known(rows)
+    assert users.tolist() == [True, False, True] and items.tolist() == [True, True, False]
+
+
 def test_unknown_ids_share_the_unknown_row(release):
     served, _ = release
     known = served.predict(one())

@@ -63,6 +63,11 @@ def report_of(options, day: int) -> dict:
     return json.loads((Path(options.state) / "releases" / f"2024-01-0{day}" / "report.json").read_text())
 
 
+def runs_of(versions: Versions) -> list:
+    client = versions.server.client
+    return client.search_runs([client.get_experiment_by_name("train").experiment_id])
+
+
 def release(options, *arguments: str) -> None:
     where = ["--state", options.state]
     where += ["--data", options.data] if arguments[0] in ("compare", "promote") else []
@@ -80,6 +85,11 @@ def test_versions_over_days(registered_here, options, versions, capsys, monkeypa
     out = capsys.readouterr().out
     assert "clicks version 1 against the constant click rate: 800 test rows of 25 users" in out
     assert "clicks version 1 is champion" in out
+    day = next(run for run in runs_of(versions) if run.info.run_name == "2024-01-04")
+    assert {"code", "schema", "data", "cluster"} <= set(day.data.tags) and day.data.params["ctr.backbone"] == "dnn"
+    assert (day.data.tags["version"], day.data.tags["promoted"]) == ("1", "True")
+    assert day.data.metrics["cost.train.seconds"] > 0 and "cost.train.cpu_seconds" in day.data.metrics
+    assert day.info.status == "FINISHED"
 
     # One that was hardly trained is refused.
     untrained = replace(options.ctr, epochs=1, lr=1e-7, table_lr=1e-7)
