@@ -27,9 +27,7 @@ from raycluster.day import day_releases, say
 from raycluster.gate import Gate
 from raycluster.ingest import LogReader
 from raycluster.mlflow_server import Server
-from raycluster.versions import DATE, SERVED_SINCE, Version, Versions
-
-Number = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="VERSION")]
+from raycluster.versions import DATE, SERVED_SINCE, Unfit, Version, Versions
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,8 @@ class Compare(OnRows):
         challenger: number of the version to judge.
     """
 
-    champion: Number = tyro.MISSING
-    challenger: Number = tyro.MISSING
+    champion: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHAMPION")] = tyro.MISSING
+    challenger: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHALLENGER")] = tyro.MISSING
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Promote(OnRows):
         force: do not ask the gate.
     """
 
-    version: Number = tyro.MISSING
+    version: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="VERSION")] = tyro.MISSING
     force: bool = False
 
 
@@ -119,14 +117,17 @@ def run(options: Registry) -> None:
     if not name:
         raise UserError(f"{state.path(newest.name)}: names no registered model; give --model-name")
     versions = Versions(Server.of(options.tracking_uri, state.uri), name)
-    if isinstance(options, List):
-        list_versions(versions)
-    elif isinstance(options, Compare):
-        compare(options, state, newest, versions)
-    elif isinstance(options, Promote):
-        promote(options, state, newest, versions)
-    else:
-        roll_back(versions)
+    try:
+        if isinstance(options, List):
+            list_versions(versions)
+        elif isinstance(options, Compare):
+            compare(options, state, newest, versions)
+        elif isinstance(options, Promote):
+            promote(options, state, newest, versions)
+        else:
+            roll_back(versions)
+    except Unfit as error:
+        raise UserError(str(error)) from error
 
 
 def newest_release(state: State) -> Manifest:

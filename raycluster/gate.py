@@ -21,7 +21,7 @@ from ctrdist.storage import Manifest, State, fingerprint
 from raycluster.cluster import Plan
 from raycluster.ingest import LogReader
 from raycluster.stages.evaluate import score, user_numbers
-from raycluster.versions import DATE, RELEASE, SERVED_SINCE, Version, Versions
+from raycluster.versions import DATE, RELEASE, SERVED_SINCE, Unfit, Version, Versions
 
 CLICK_RATE = "click_rate"
 """Tag of a version: the click rate of the rows that it was trained on."""
@@ -86,18 +86,19 @@ class Gate:
         about = {"version": number, "champion_version": champion and champion.number}
         if champion and champion.number == number:
             return about | refused("it is the champion already")
-        if champion and _date(version) < _date(champion):
+        if champion and "" < _date(version) < _date(champion):
             return about | refused(f"it is of {_date(version)}, older than the champion, of {_date(champion)}")
         try:
             return about | self.compare(version, champion)
-        except UserError as error:
+        except Unfit as error:
             return about | refused(f"it cannot be compared: {error}")
 
     def compare(self, version: Version, other: Version | None) -> dict[str, Any]:
         """`ctrdist.gate.decide` of two versions; the other one is the champion in it. None stands for the click rate.
 
         Raises:
-            UserError: the artifact of one is broken, or it reads columns that the log does not have.
+            Unfit: the artifact of one is broken, or it reads columns that the log does not have.
+            UserError: there are no good rows.
         """
         with ExitStack() as stack:
             named = {"challenger": version} | ({"champion": other} if other else {})
@@ -106,10 +107,11 @@ class Gate:
             keep = dict.fromkeys([USER_ID, *needed])
             has = log_columns(self.reader.open()[0])
             if missing := [column for column in keep if column not in has]:
-                raise UserError(f"the log has no column '{missing[0]}', which {self.versions.name} reads")
-            table = pa.concat_tables(
-                score(self.reader, self.groups, tuple(keep), self.plan, ReleaseScorer, releases=releases)
-            )
+                raise Unfit(f"the log has no column '{missing[0]}', which {self.versions.name} reads")
+            tables = [*score(self.reader, self.groups, tuple(keep), self.plan, ReleaseScorer, releases=releases)]
+        if not any(table.num_rows for table in tables):
+            raise UserError(f"{self.reader.data}: no good rows to test on")
+        table = pa.concat_tables(tables)
         user, item, label = user_numbers(table), table[ITEM].to_numpy(), table[LABEL].to_numpy()
         scores = {name: _scores(table, name, user, item) for name in releases}
         rate = float(version.tags.get(CLICK_RATE) or (label > 0).mean())

@@ -10,7 +10,6 @@ import pandas as pd
 import pyarrow as pa
 
 import ctrdist
-from ctrdist.errors import UserError
 from ctrdist.export import SERVES, Release, load_click_model, save_click_model
 from ctrdist.gate import refused
 from ctrdist.log import read_row_group
@@ -24,7 +23,7 @@ from raycluster.ingest import LogReader
 from raycluster.mlflow_server import PATIENCE, mlflow_quiet
 from raycluster.retention import prune
 from raycluster.stages.read import Read
-from raycluster.versions import ARTIFACT, DATE, RELEASE, Versions
+from raycluster.versions import ARTIFACT, DATE, RELEASE, Unfit, Versions
 
 Scored = tuple[Manifest, Manifest | None]
 CODE = [str(Path(ctrdist.__file__).parent)]
@@ -80,7 +79,7 @@ def _judge(day: Day, read: Read, versions: Versions, version: str, written: Mani
     sample = example_rows(day, release_, rows=SAMPLE)
     try:
         versions.require_whole(version, sample, release_.predict_frame(sample))
-    except UserError as error:
+    except Unfit as error:
         return {"skipped": True} | refused(str(error))
     versions.challenge(version)
     if not options.promote:

@@ -29,6 +29,10 @@ CHAMPIONS = "champions"
 MOST_CHAMPIONS = 1000
 
 
+class Unfit(Exception):
+    """A version cannot serve, or be compared; the message says why."""
+
+
 class Version(NamedTuple):
     """A version of the model.
 
@@ -148,7 +152,7 @@ class Versions:
         """For a while, a local copy of a version's MLflow model, and within it the folder of the release.
 
         Raises:
-            UserError: files are missing, or have other bytes than those that were registered.
+            Unfit: files are missing, or have other bytes than those that were registered.
         """
         expected = self.get(number).tags.get(ARTIFACT)
         with tempfile.TemporaryDirectory(prefix="ctrdist-") as folder, mlflow_quiet() as mlflow:
@@ -178,7 +182,7 @@ class Versions:
             expected: float [n] probabilities that must come out.
 
         Raises:
-            UserError: it cannot be loaded, does not score its rows, or scores them otherwise.
+            Unfit: it cannot be loaded, does not score its rows, or scores them otherwise.
         """
         with self.artifact(number) as (folder, _), mlflow_quiet() as mlflow:
             try:
@@ -193,8 +197,8 @@ class Versions:
             off = np.nanmax(np.abs(found - expected))
             raise self._broken(number, f"its scores are up to {off:.2g} off those of the release that it was made from")
 
-    def _broken(self, number: str, reason: str) -> UserError:
-        return UserError(
+    def _broken(self, number: str, reason: str) -> Unfit:
+        return Unfit(
             f"the artifact of {self.name} version {number} at {self.server.shown} is broken: {reason}. It cannot "
             "serve; restore its files, or choose another version (jobs/release.py list)"
         )
