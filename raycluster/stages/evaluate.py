@@ -1,6 +1,7 @@
 """The last stage: every model on the same test rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from ray.data import ActorPoolStrategy
 from ctrdist import metrics
 from ctrdist.beside import PROBABILITY
 from ctrdist.encode import ITEM
-from ctrdist.epoch import plan_pass
+from ctrdist.epoch import Chunk, plan_pass
 from ctrdist.export import load_click_model
 from ctrdist.log import RowGroup
 from ctrdist.schema import LABEL, USER_ID
@@ -91,6 +92,11 @@ class Scorer:
         return pa.table(columns)
 
 
+FEW_ROWS = 16_384
+"""So many rows are scored by the driver itself: to start actors takes longer than that."""
+BATCH_ROWS = 4096
+
+
 def score(
     reader: LogReader,
     groups: list[RowGroup],
@@ -100,7 +106,8 @@ def score(
     gpus: int = 0,
     **arguments: Any,
 ) -> Iterator[pa.Table]:
-    """Rows of the log through actors that score them, each row once, in tables as they come.
+    """Rows of the log through actors that score them, each row once, in tables as they come. Few rows that need no
+    language model are scored here.
 
     Args:
         keep: columns that the actors need as they are in the log.
@@ -108,16 +115,33 @@ def score(
         gpus: that each of them computes on.
         arguments: of the class, besides `reader` and `threads`.
     """
-    scored = ingest.stream(reader, plan_pass(groups), keep=keep).map_batches(
+    chunks, arguments = plan_pass(groups), {"reader": reader, "threads": plan.threads, **arguments}
+    if sum(group.rows for group in groups) <= FEW_ROWS and not (gpus or reader.tokens):
+        return _score_here(reader, chunks, keep, partial(actor, **arguments))
+    scored = ingest.stream(reader, chunks, keep=keep).map_batches(
         actor,
-        batch_size=4096,
+        batch_size=BATCH_ROWS,
         batch_format="pyarrow",
         num_cpus=plan.worker_cpus,
         num_gpus=gpus,
         compute=ActorPoolStrategy(size=plan.workers),
-        fn_constructor_kwargs={"reader": reader, "threads": plan.threads, **arguments},
+        fn_constructor_kwargs=arguments,
     )
     return iter(scored.iter_batches(batch_size=65536, batch_format="pyarrow"))
+
+
+def _score_here(
+    reader: LogReader, chunks: list[Chunk], keep: tuple[str, ...], make: Callable[[], Callable[[pa.Table], pa.Table]]
+) -> Iterator[pa.Table]:
+    threads = torch.get_num_threads()
+    try:
+        scorer = make()
+        for chunk in chunks:
+            rows = reader.read(chunk, keep)
+            for start in range(0, rows.num_rows, BATCH_ROWS):
+                yield scorer(rows.slice(start, BATCH_ROWS))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def evaluate(

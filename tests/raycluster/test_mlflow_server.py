@@ -250,8 +250,12 @@ def test_a_server_whose_postgresql_is_killed_in_the_middle(tmp_path, report, pos
     tracker = Tracker.open(f"http://127.0.0.1:{port}", tmp_path / "state", "daily")
     log_a_day(tracker, report, 0, 40)
     assert tracker.journal.flush(60) == 0
+    tracker.client.search_registered_models()
     log_a_day(tracker, report, 40, 40, between=lambda: kill(database))
     assert tracker.journal.flush(0.5) > 0
+    with pytest.raises(Exception) as caught:
+        tracker.client.search_registered_models()
+    assert tracker.server.away(caught.value), caught.value
     start()
     assert tracker.close(60) == 0
     check_the_day(tracker.client, 80)
