@@ -1,4 +1,4 @@
-"""Releases: a day's vocabulary, catalog, text table, models, schema and metrics as one thing, and its registration."""
+"""Releases: a day's vocabulary, catalog, text table, models and schema as one thing; its registration, and the gate."""
 
 import json
 import shutil
