@@ -25,11 +25,12 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def from_dict(default: T, content: Any, source: str) -> T:
+def from_dict(default: T, content: Any, source: str, others: bool = False) -> T:
     """`default`, a dataclass, with the values that `content` gives.
 
     Args:
         source: what to call the origin of `content` in errors.
+        others: `content` may have keys that are for others; they are left aside.
 
     Raises:
         UserError: a key that the dataclass does not have (the nearest one is named), or a value of another type.
@@ -41,6 +42,8 @@ def from_dict(default: T, content: Any, source: str) -> T:
     changes = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        if name not in names and others:
+            continue
         if name not in names:
             raise UserError(f"{source}: unknown option '{key}'; {nearest(name, names)}")
         old = getattr(default, name)
@@ -82,7 +85,7 @@ def _convert(value: Any, type_: Any, where: str) -> Any:
     return value
 
 
-def load_yaml(default: T, path: Path) -> T:
+def load_yaml(default: T, path: Path, others: bool = False) -> T:
     """`default` with the values of a YAML file. Raises UserError as `from_dict` does, or for an unreadable file."""
     try:
         content = yaml.safe_load(path.read_text())
@@ -90,4 +93,4 @@ def load_yaml(default: T, path: Path) -> T:
         raise UserError(f"{path}: no such file; --config names a YAML file of options") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
-    return from_dict(default, content or {}, str(path))
+    return from_dict(default, content or {}, str(path), others)

@@ -130,20 +130,24 @@ def choose_window(
     if date not in days:
         raise UserError(f"--date {date}: no rows of that day; {span}")
     first_valid = date - dt.timedelta(days=valid_days - 1)
-    first_train, last_test = date - dt.timedelta(days=train_days - 1), date + dt.timedelta(days=test_days)
-    window = Window(
-        train=tuple(day for day in days if first_train <= day < first_valid),
-        valid=tuple(day for day in days if first_valid <= day <= date),
-        test=tuple(day for day in days if date < day <= last_test),
-    )
-    if not window.train:
+    first_train = date - dt.timedelta(days=train_days - 1)
+    train = tuple(day for day in days if first_train <= day < first_valid)
+    if not train:
         raise UserError(
             f"--date {date} --train-days {train_days}: no rows from {first_train} until the validation days "
             f"begin on {first_valid}; {span}"
         )
-    if not window.test:
-        raise UserError(f"--date {date} --test-days {test_days}: no rows after it to test on; {span}")
-    return window
+    valid = tuple(day for day in days if first_valid <= day <= date)
+    return Window(train, valid, days_after(days, date, test_days))
+
+
+def days_after(days: list[dt.date], date: dt.date, count: int) -> tuple[dt.date, ...]:
+    """Those of `days` that are within `count` calendar days after a date. Raises UserError if there are none."""
+    test = tuple(day for day in days if date < day <= date + dt.timedelta(days=count))
+    if not test:
+        span = f"the log has {days[0]} to {days[-1]}"
+        raise UserError(f"--date {date} --test-days {count}: no rows after it to test on; {span}")
+    return test
 
 
 SPLIT_WINDOW = Window(*((name,) for name in SPLITS))

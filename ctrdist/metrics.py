@@ -60,14 +60,15 @@ def auc(label: ArrayLike, score: ArrayLike) -> float:
     return float(wins / positives / negatives)
 
 
-def _row_losses(label: NDArray, probability: NDArray) -> NDArray[np.float64]:
+def row_losses(label: NDArray, probability: NDArray) -> NDArray[np.float64]:
+    """Negative log likelihood of each row in nats, float64 [n]; `log_loss` is their mean."""
     clipped = np.clip(probability.astype(np.float64), CLIP, 1 - CLIP)
     return -np.where(label > 0, np.log(clipped), np.log1p(-clipped))
 
 
 def log_loss(label: ArrayLike, probability: ArrayLike) -> float:
     """Mean negative log likelihood in nats, of probabilities clipped to [CLIP, 1 - CLIP]."""
-    return float(_row_losses(*_columns(label, probability)).mean())
+    return float(row_losses(*_columns(label, probability)).mean())
 
 
 def grouped_auc(group: ArrayLike, label: ArrayLike, score: ArrayLike) -> float:
@@ -296,7 +297,7 @@ class StreamingMetrics:
         limit = math.log(1 - CLIP) - math.log(CLIP)
         number = np.clip((logit + limit) * (self.bins / (2 * limit)), 0, self.bins - 1).astype(np.int64)
         self.state[:-2] += np.bincount(number + self.bins * (label > 0), minlength=2 * self.bins)
-        self.state[-2] += _row_losses(label, probability).sum()
+        self.state[-2] += row_losses(label, probability).sum()
         self.state[-1] += label.size
 
     def merge(self, state: NDArray[np.float64]) -> None:

@@ -11,6 +11,7 @@ All three are made from one plain dictionary that holds what JSON holds:
     gain                   as `metrics.gain`
     groups                 as `metrics.popularity_groups`
     quadrants              as `metrics.quadrants`
+    gate                   as `gate.decide`: whether the release became champion, and why
     attention              {field: [share of each prompt]}, of the attention of a field's masked words
     stages                 {name: {"seconds", "rows", "skipped", "losses": [[step, loss], ...],
                            "valid_auc": [[epoch, auc], ...], "data_wait": share of the training
@@ -26,7 +27,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -94,6 +95,7 @@ def render_html(report: Mapping) -> str:
         "share": share,
         "stage": stage_title,
         "model": model_title,
+        "gate_rows": gate_rows,
         "json": lambda value: json.dumps(value, indent=2, default=str),
     }
     models, stages = report["models"], report.get("stages") or {}
@@ -103,7 +105,7 @@ def render_html(report: Mapping) -> str:
     )
 
 
-_SECTIONS = ("rows", "window", "quarantine", "gain", "text_table", "config", "versions")
+_SECTIONS = ("rows", "window", "quarantine", "gain", "gate", "text_table", "config", "versions")
 
 
 def plots(report: Mapping) -> dict[str, "Markup"]:
@@ -163,9 +165,44 @@ def console_table(report: Mapping, width: int = 100) -> str:
     facts.add_row("quarantined", f"{count(rows.get('quarantined'))}{folder}")
     facts.add_row("release", report.get("release") or "-")
     facts.add_row("peak memory", size(report.get("peak_memory_bytes")))
+    title = Text(f"CTR report {report['date']}")
+    return _printed(title, Text(), models, *gained, Text(), stages, Text(), facts, width=width)
+
+
+def gate_rows(decision: Mapping) -> list[tuple[str, ...]]:
+    """The numbers of a gate's decision as text: measure, challenger, champion, difference, 95% interval, p value.
+
+    The p value is of what the gate asks: of a loss to a champion, or of a gain over the constant click rate.
+    """
+    mine, champion = decision.get("challenger"), decision.get("champion")
+    if not mine:
+        return []
+    other, rows = champion or decision["constant"], []
+    for name, title, lost, gained in (
+        ("auc", "AUC", "not_below", "not_above"),
+        ("log_loss", "log loss", "not_above", "not_below"),
+    ):
+        drawn = decision[name]
+        interval, p = f"{signed(drawn['low'])} to {signed(drawn['high'])}", drawn[lost if champion else gained]
+        rows.append((title, metric(mine[name]), metric(other[name]), signed(drawn["value"]), interval, p_value(p)))
+    for name, title in (("calibration_ratio", "prediction / click rate"), ("calibration_error", "calibration error")):
+        rows.append((title, metric(mine[name]), metric(other[name]), "", "", ""))
+    for name in ("known_users", "known_items") if champion else ():
+        rows.append((name.replace("_", " "), share(mine[name]), share(other[name]), "", "", ""))
+    return rows
+
+
+def gate_table(decision: Mapping, challenger: str, other: str, width: int = 100) -> str:
+    """`gate_rows` as plain text, with what to call the two."""
+    table = _table("", challenger, other, "difference", "95% interval", "p")
+    for row in gate_rows(decision):
+        table.add_row(*row)
+    return _printed(table, width=width)
+
+
+def _printed(*parts: Any, width: int) -> str:
     out = io.StringIO()
-    parts = Group(Text(f"CTR report {report['date']}"), Text(), models, *gained, Text(), stages, Text(), facts)
-    Console(file=out, width=width, color_system=None).print(parts)
+    Console(file=out, width=width, color_system=None).print(Group(*parts))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

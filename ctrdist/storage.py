@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,11 +174,7 @@ class State:
         try:
             yield local
             group.share(None)  # until then others may still have temporary files there
-            own = {
-                str(path.relative_to(local)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                for path in sorted(local.rglob("*"))
-                if path.is_file() and (group.size == 1 or _writer(path) == group.rank)
-            }
+            own = checksums(local, lambda path: group.size == 1 or _writer(path) == group.rank)
             if not self.is_local:
                 filesystem_.create_dir(f"{root}/{folder}")  # an output may have no files
                 fs.copy_files(str(local), f"{root}/{folder}", destination_filesystem=filesystem_)
@@ -274,6 +270,15 @@ def _writer(path: Path) -> int:
     """The rank of the worker that wrote a file which several write together: the one in its name, or the first."""
     numbers = re.search(r"-(\d{5})-of-\d{5}\.", path.name)
     return int(numbers[1]) if numbers else 0
+
+
+def checksums(folder: Path, counts: Callable[[Path], bool] = lambda path: True) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of each file in a folder, by its path within; only of those that count, if that is said."""
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and counts(path)
+    }
 
 
 def _sha256(path: Path) -> str:

@@ -104,7 +104,7 @@ def cela(day: Day, options: CelaOptions) -> dict:
 
     models = {"id": (id_model, None), "cela": (fused, text)}
     report = reporting.assemble(day, read, evaluate(day, read, models), text)
-    registry.release(day, read.output, models, report, {"lm": aligned.name, "dap": pretrained.name})
+    registry.release(day, read, models, report, {"lm": aligned.name, "dap": pretrained.name})
     return report
 
 

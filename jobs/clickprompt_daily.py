@@ -42,6 +42,7 @@ class ClickPromptOptions(DayOptions):
     """
 
     experiment: str = "clickprompt"
+    model_name: str = "clickprompt"
     lm: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     text: RowTextConfig = field(default_factory=RowTextConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -106,7 +107,7 @@ def clickprompt(day: Day, options: ClickPromptOptions) -> dict:
         "backbone": backbone.name,
         "with_plm": both.name,
     }
-    registry.release(day, read.output, {"clickprompt": (without, None)}, report, facts)
+    registry.release(day, read, {"clickprompt": (without, None)}, report, facts)
     return report
 
 

@@ -51,6 +51,7 @@ class ElecOptions(DayOptions):
     """
 
     experiment: str = "elec"
+    model_name: str = "elec"
     text_granularity: Granularity = "item"
     lm: FrozenLanguageModelConfig = field(default_factory=FrozenLanguageModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -118,7 +119,7 @@ def elec(day: Day, options: ElecOptions) -> dict:
     models |= {"gain": (pair, None, GAIN), "vanilla": (pair, None)}
     report = reporting.assemble(day, read, evaluate(day, read, models, represented), text, days)
     facts = {"representation": meaning, "backbone": backbone.name} | ({"m_llm": m_llm.name} if m_llm else {})
-    registry.release(day, read.output, {"elec": (pair, None)}, report, facts)
+    registry.release(day, read, {"elec": (pair, None)}, report, facts)
     return report
 
 

@@ -25,6 +25,7 @@ class TrainOptions(DayOptions):
     """
 
     experiment: str = "train"
+    model_name: str = "train"
     backbone: str = ""
     ctr: ClickConfig = field(default_factory=lambda: ClickConfig(patience=2))
 
@@ -50,7 +51,7 @@ def train(day: Day, options: TrainOptions) -> dict:
     model = train_click(day, "train", read, options.ctr, start=day.earlier("model"))
     models = {name: (model, None)}
     report = reporting.assemble(day, read, evaluate(day, read, models))
-    registry.release(day, read.output, models, report, {"model": model.name})
+    registry.release(day, read, models, report, {"model": model.name})
     return report
 
 

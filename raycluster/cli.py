@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar, Union
 
 import tyro
 
@@ -22,16 +22,44 @@ def parse(default: T, description: str, arguments: list[str] | None = None, file
         UserError: the YAML file is missing or says something unknown.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if path := _config(arguments, file):
+        default = load_yaml(default, path)
+    return _cli(type(default), arguments, default=default, description=description)
+
+
+def parse_command(
+    defaults: dict[str, Any], description: str, arguments: list[str] | None = None, file: str = "ctr.yaml"
+) -> Any:
+    """`parse` for a job of several commands: the options of the one that the command line names first.
+
+    The YAML file is one for all jobs: what a command has no option for is left aside.
+
+    Args:
+        defaults: of each command's options, by its name.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if path := _config(arguments, file):
+        defaults = {name: load_yaml(default, path, others=True) for name, default in defaults.items()}
+    commands = tuple(
+        Annotated[type(default), tyro.conf.subcommand(name, default=default)] for name, default in defaults.items()
+    )
+    return _cli(Union[commands], arguments, description=description)  # noqa: UP007
+
+
+def _config(arguments: list[str], file: str) -> Path | None:
+    """The YAML file of options: that of `--config`, or `file` if it is there."""
     path = Path(file) if Path(file).exists() else None
     for i, argument in enumerate(arguments):
         if argument.startswith("--config="):
             path = Path(argument.removeprefix("--config="))
         elif argument == "--config" and i + 1 < len(arguments):
             path = Path(arguments[i + 1])
-    if path is not None:
-        default = load_yaml(default, path)
+    return path
+
+
+def _cli(type_: Any, arguments: list[str], **options: Any) -> Any:
     try:
-        return tyro.cli(type(default), default=default, description=description, args=arguments)
+        return tyro.cli(type_, args=arguments, **options)
     except SystemExit as stop:
         raise SystemExit(1 if stop.code else 0) from None
 

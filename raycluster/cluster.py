@@ -5,7 +5,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -22,12 +22,14 @@ class Plan:
         gpus: GPUs of each, 0 or 1.
         worker_cpus: CPUs that each of them reserves; what is left is Ray Data's.
         threads: threads that each of them computes with.
+        cluster: what all nodes together have, by Ray's names (CPU, GPU, memory in bytes), and the number of `nodes`.
     """
 
     workers: int
     gpus: int
     worker_cpus: float
     threads: int
+    cluster: dict[str, float] = field(default_factory=dict)
 
 
 def connect(object_store_bytes: int | None = None) -> None:
@@ -101,7 +103,9 @@ def make_plan(workers: int = 0, batch_sizes: dict[str, int] | None = None) -> Pl
         most = gpus or max(2, cpus // 4)
         workers = max(n for n in range(1, most + 1) if all(size % n == 0 for size in sizes.values()))
     share = 1.0 if cpus >= 4 * workers else 0.25
-    return Plan(workers, 1 if gpus else 0, share, max(1, cpus // workers))
+    has = {name: resources[name] for name in ("CPU", "GPU", "memory") if name in resources}
+    has["nodes"] = sum(node["Alive"] for node in ray.nodes())
+    return Plan(workers, 1 if gpus else 0, share, max(1, cpus // workers), has)
 
 
 def in_parallel(

@@ -1,6 +1,8 @@
 """A day of a pipeline: its window of the log, its place in the state, and its stages, each done once."""
 
 import datetime as dt
+import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +12,15 @@ from typing import Literal
 
 from ctrdist.config import to_dict
 from ctrdist.errors import UserError
-from ctrdist.log import SPLIT_WINDOW, Part, RowGroup, Window, choose_window, list_days, list_row_groups
+from ctrdist.gate import GateConfig
+from ctrdist.log import SPLIT_WINDOW, Part, RowGroup, Window, choose_window, file_facts, list_days, list_row_groups
 from ctrdist.report import console_table
 from ctrdist.schema import Schema
 from ctrdist.storage import Manifest, State, filesystem, fingerprint
 from raycluster import cluster
-from raycluster.tracking import MetricsTail, Tracker, masked
+from raycluster.code_version import code_version
+from raycluster.mlflow_server import masked
+from raycluster.tracking import MetricsTail, Tracker
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,12 @@ class DayOptions:
         workers: training processes; 0 takes as many as the cluster has room for.
         max_bad_fraction: largest share of bad rows that the job goes on with.
         tracking_uri: MLflow's server or database; SQLite in the state if not given.
-        experiment: name of the MLflow experiment and of the registered model.
+        experiment: name of the MLflow experiment.
+        model_name: name of the registered model.
         compile_release: compile what is released for processors like this machine's, if it has a C++ compiler; others
             serve the exported graph, at about half the speed.
+        promote: let the gate decide whether the new version becomes champion; without it, it stays challenger.
+        gate: what the new version may lose to the champion.
         config: YAML file of options; `ctr.yaml` in the working folder is read if it is there.
     """
 
@@ -61,7 +69,10 @@ class DayOptions:
     max_bad_fraction: float = 0.01
     tracking_uri: str | None = None
     experiment: str = "cela"
+    model_name: str = "cela"
     compile_release: bool = True
+    promote: bool = True
+    gate: GateConfig = field(default_factory=GateConfig)
     config: str | None = None
 
     job = ""
@@ -82,7 +93,7 @@ class DayOptions:
     def result(self) -> dict:
         """The options that change the result."""
         outside = ("data", "state", "date", "workers", "tracking_uri", "experiment", "config", "max_bad_fraction")
-        outside += ("keep_releases", "compile_release")
+        outside += ("keep_releases", "model_name", "compile_release", "promote", "gate")
         return {name: value for name, value in to_dict(self).items() if name not in outside}
 
 
@@ -137,6 +148,12 @@ class Day:
                 self._groups[day] = list_row_groups(self.options.data, self.files, (day,), self.schema)
         return [group for day in days for group in self._groups[day]]
 
+    @property
+    def data_fingerprint(self) -> str:
+        """Of the files that are new to the state, or validated or tested on: their names, sizes and times of change."""
+        groups = self.groups(self.new_days + self.window.valid + self.window.test)
+        return fingerprint(file_facts(self.options.data, [group.path for group in groups]))
+
     def earlier(self, part: str) -> Manifest | None:
         """What the day that this one starts from calls `part`; None without such a day."""
         return self.state.find(self.previous.facts[part]) if self.previous else None
@@ -152,11 +169,21 @@ class Day:
         cluster.connect()
         self.plan = cluster.make_plan(self.options.workers, self.options.batch_sizes())
         labels = {"date": str(self.date), "options": fingerprint(self.options.result())}
+        about = {
+            "code": code_version(),
+            "schema": self.schema.fingerprint,
+            "data": self.data_fingerprint,
+            "cluster": json.dumps(self.plan.cluster),
+        }
         try:
             with self.tracker.run(str(self.date), params=self.options.shown(), tags=labels) as self.run_id:
+                self.tracker.set_tags(self.run_id, about)
                 yield
         finally:
             self.memory.close()
+            if waiting := self.tracker.close():
+                where = self.tracker.journal.folder
+                say(f"{waiting:,} records wait in {where} for MLflow to answer; the next job on this state sends them")
 
     def stage(self, stage: str, inputs: str, make: Callable[[str, str, str | None], Manifest]) -> Manifest:
         """Do a stage, or take its output from an earlier try that had the same inputs.
@@ -190,7 +217,8 @@ class Day:
             else:
                 make(self.name(stage), inputs, None)
             seconds = time.monotonic() - began
-            manifest = self.state.annotate(self.name(stage), {"seconds": seconds})
+            cost = {f"{kind.lower()}_seconds": seconds * self.plan.cluster.get(kind, 0) for kind in ("CPU", "GPU")}
+            manifest = self.state.annotate(self.name(stage), {"seconds": seconds, **cost})
             self._log_stage(run_id, manifest, losses=metrics is None)
         say(f"{stage:10} {seconds:.0f} s, {manifest.facts['rows']:,} rows")
         return manifest
@@ -239,6 +267,8 @@ def open_day(options: DayOptions) -> Day:
             f"--expire-days {options.expire_days}: no row can be given again while every release is kept; give "
             "--keep-releases too"
         )
+    options.gate.check()
+    check_model_name(options.model_name)
     data, state = cluster.absolute(options.data), State(cluster.absolute(options.state))
     if "://" not in data and not Path(data).is_dir():
         raise UserError(f"--data {data}: no such folder; make it with jobs/prepare.py")
@@ -270,6 +300,12 @@ def open_day(options: DayOptions) -> Day:
         )
     day.groups(day.new_days + window.valid + window.test)
     return day
+
+
+def check_model_name(name: str) -> None:
+    """Raise a UserError for a name that MLflow's registry does not take."""
+    if not re.fullmatch(r"[^/:.%'\"]+", name):
+        raise UserError(f"--model-name {name!r}: a name without / : . % and quotes")
 
 
 def latest_release(state: State, before: dt.date) -> Manifest | None:

@@ -1,4 +1,4 @@
-"""Releases: a day's vocabulary, catalog, text table, models, schema and metrics as one thing, and its registration."""
+"""Releases: a day's vocabulary, catalog, text table, models and schema as one thing; its registration, and the gate."""
 
 import json
 import shutil
@@ -14,19 +14,22 @@ import pyarrow as pa
 
 from ctrdist import serving
 from ctrdist.export import SERVES, load_click_model, save_click_model
+from ctrdist.gate import refused
 from ctrdist.log import read_row_group
-from ctrdist.report import write_report
 from ctrdist.schema import HISTORY
 from ctrdist.served import write_served
 from ctrdist.serving.model import SERVING, ServedModel
-from ctrdist.storage import Manifest, fingerprint
+from ctrdist.storage import Manifest, checksums, fingerprint
 from ctrdist.tasks.click import ClickModel
 from ctrdist.text_table import FACTS, TABLE, load_text_table
 from raycluster import ingest, reporting
 from raycluster.day import Day, say
+from raycluster.gate import CLICK_RATE, Gate, act, content, lines
 from raycluster.ingest import LogReader
+from raycluster.mlflow_server import PATIENCE, mlflow_quiet
 from raycluster.retention import prune
-from raycluster.tracking import mlflow_quiet
+from raycluster.stages.read import Read
+from raycluster.versions import ARTIFACT, DATE, RELEASE, Unfit, Versions
 
 Scored = tuple[Manifest, Manifest | None]
 REQUIRED = ("torch", "pyarrow", "pandas", "numpy")
@@ -36,29 +39,68 @@ import pkgutil
 
 __path__ = pkgutil.extend_path(__path__, __name__)
 '''
+SAMPLE = 200
+"""Test rows whose scores must be the same after the registered version is loaded."""
 
 
-def release(day: Day, read: Manifest, models: dict[str, Scored], report: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write the day's release, log it, register it, and let go of what is old.
+def release(day: Day, read: Read, models: dict[str, Scored], report: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write the day's release, register it, let the gate decide on it, log it, and let go of what is old.
 
     Args:
-        read: output with schema, vocabularies and catalog.
+        read: schema, vocabularies, catalog and the test rows.
         models: by name, a click model's output and its text table's; the last one serves.
-        report: the day's report.
+        report: the day's report; `gate` is added to it.
         facts: what the next day starts from, besides the models.
     """
-    written = write_release(day, read, models, report, facts)
-    reporting.log(day, report, written)
-    version_ = register(day, written)
-    day.state.annotate(day.release, {"registered": version_})
-    say(f"registered as {version_}")
+    facts = facts | {"model_name": day.options.model_name}
+    written = write_release(day, read.output, models, facts)
+    versions = Versions(day.tracker.server, day.options.model_name)
+    version = register(day, versions, written, labels(read, report))
+    say(f"registered as {versions.name} version {version}")
+    decision = pass_gate(day, read, versions, version, written)
+    report["gate"] = decision
+    reporting.publish(day, report)
+    day.tracker.set_tags(day.run_id, {"version": version, "promoted": decision["promoted"]})
+    day.state.annotate(day.release, {"registered": f"{versions.name} version {version}", "gate": decision})
     prune(day.state, day.options.keep_releases, str(day.date))
 
 
-def write_release(
-    day: Day, read: Manifest, models: dict[str, Scored], report: dict[str, Any], facts: dict[str, Any]
-) -> Manifest:
-    """Write everything that serving and the next day need, and the report, as one output. Arguments as `release`."""
+def labels(read: Read, report: dict[str, Any]) -> dict[str, str]:
+    """What a version's tags say of it, besides what it is: of the model that serves, the last one of the report."""
+    served = [model for name, model in report["models"].items() if name != "best"][-1]
+    return {CLICK_RATE: str(read.click_rate), "auc": str(served["auc"]), "log_loss": str(served["log_loss"])}
+
+
+def pass_gate(day: Day, read: Read, versions: Versions, version: str, written: Manifest) -> dict[str, Any]:
+    """Check that a version is whole and call it challenger, then decide whether it takes over, and let it.
+
+    What was decided of it before stays decided.
+    """
+    decision = versions.get(version).decision
+    if decision is None or "skipped" in decision:
+        decision = {"version": version} | _judge(day, read, versions, version, written)
+    act(versions, version, decision)
+    for line in lines(versions.name, decision):
+        say(f"gate       {line}")
+    return decision
+
+
+def _judge(day: Day, read: Read, versions: Versions, version: str, written: Manifest) -> dict[str, Any]:
+    options, release_ = day.options, ServedModel(day.state.local(written.name))
+    sample = example_rows(day, release_, rows=SAMPLE)
+    try:
+        versions.require_whole(version, sample, release_.predict_frame(sample))
+    except Unfit as error:
+        return {"skipped": True} | refused(str(error))
+    versions.challenge(version)
+    if not options.promote:
+        return {"skipped": True} | refused("the gate was not asked (--no-promote)")
+    groups, reader = read.groups(day.window.test), LogReader(options.data, day.state.uri, read.output.name)
+    return Gate(day.state, day.plan, versions, reader, groups, options.gate, options.seed).judge(version)
+
+
+def write_release(day: Day, read: Manifest, models: dict[str, Scored], facts: dict[str, Any]) -> Manifest:
+    """Write everything that serving and the next day need as one output. Arguments as `release`."""
     state, served = day.state, list(models)[-1]
     facts = facts | {"read": read.name, "options": day.options.result(), "trained_days": day.trained_days}
     facts |= {name: output.name for name, (output, _) in models.items()}
@@ -77,8 +119,6 @@ def write_release(
                     shutil.copy(state.local(text.name) / part, folder)
         text = models[served][1]
         (folder / SERVES).write_text(json.dumps({"serves": served, "text_model": text and text.facts["model"]}))
-        write_report(report, folder)
-    publish(day)
     return state.find(day.release)
 
 
@@ -102,44 +142,33 @@ def serving_code() -> Iterator[str]:
         yield str(package)
 
 
-def publish(day: Day) -> None:
-    """Put `report.json` and `report.html` where people look for them, beside the release's manifest."""
-    from pyarrow import fs
-
-    from ctrdist.storage import filesystem
-
-    filesystem_, root = filesystem(day.state.uri)
-    manifest = day.state.find(day.release)
-    folder = f"{root}/{day.release}"
-    filesystem_.create_dir(folder, recursive=True)
-    for name in ("report.json", "report.html"):
-        fs.copy_files(f"{root}/{manifest.folder}/{name}", f"{folder}/{name}", filesystem_, filesystem_)
-
-
-def register(day: Day, written: Manifest) -> str:
-    """Log the release as an MLflow model with signature and input example, and register it; returns name and version.
+def register(day: Day, versions: Versions, written: Manifest, about: dict[str, str]) -> str:
+    """Log the release as an MLflow model with signature and input example, and register it; returns the version.
 
     A release whose models and tables are registered already keeps its version.
+
+    Args:
+        about: tags of the version.
     """
-    client, name = day.tracker.client, day.options.experiment
-    content = fingerprint({path: facts for path, facts in written.files.items() if not path.startswith("report.")})
-    known = [v for v in client.search_model_versions(f"name = '{name}'") if v.tags.get("release") == content]
-    if known:
-        return f"{name} version {known[0].version}"
+    release_ = content(written)
+    if known := versions.find(release_):
+        return known.number
     folder = day.state.local(written.name) / SERVING
     loaded = ServedModel(folder)
     example = example_rows(day, loaded)
-    with mlflow_quiet() as mlflow, serving_code() as code:
-        mlflow.set_tracking_uri(day.tracker.uri)
-        with mlflow.start_run(run_id=day.run_id):
-            info = mlflow.pyfunc.log_model(
-                name="model", signature=signature(day, loaded), input_example=example, **pyfunc_parts(folder, code)
-            )
-        labels = {"release": content, "date": str(day.date)}
-        if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name)
-        made = client.create_model_version(name, info.model_uri, day.run_id, labels, model_id=info.model_id)
-    return f"{name} version {made.version}"
+    run_id = day.tracker.id_of(day.run_id, PATIENCE)
+
+    def log_model() -> Any:
+        with mlflow_quiet() as mlflow, serving_code() as code:
+            mlflow.set_tracking_uri(day.tracker.uri)
+            with mlflow.start_run(run_id=run_id):
+                return mlflow.pyfunc.log_model(
+                    name="model", signature=signature(day, loaded), input_example=example, **pyfunc_parts(folder, code)
+                )
+
+    info = versions.server.patiently(log_model)
+    tags = {RELEASE: release_, ARTIFACT: fingerprint(checksums(folder)), DATE: str(day.date)}
+    return versions.create(info.model_uri, run_id, info.model_id, about | tags)
 
 
 def pyfunc_parts(artifact: Path, code: str) -> dict[str, Any]:

@@ -1,18 +1,22 @@
 """What a day was, as the report's dictionary (`ctrdist.report`)."""
 
 import platform
-import shutil
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ctrdist.report import write_plots
-from ctrdist.storage import Manifest
+from pyarrow import fs
+
+from ctrdist.report import write_plots, write_report
+from ctrdist.storage import Manifest, filesystem
+from raycluster.code_version import code_version
 from raycluster.day import Day
 from raycluster.stages.read import Days, Read
 
 PACKAGES = ("ray", "torch", "transformers", "pyarrow", "numpy", "mlflow")
+COST = ("seconds", "cpu_seconds", "gpu_seconds")
+"""What a stage cost: how long it took, and that times the CPUs, or GPUs, that the cluster had."""
 
 
 def assemble(
@@ -51,14 +55,15 @@ def assemble(
         "text_table": {"items": text.facts["items"], "dim": text.facts["dim"]} if text else None,
         "peak_memory_bytes": day.memory.bytes if day.memory else None,
         "config": day.options.shown(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"code": code_version(), "python": platform.python_version()}
+        | {name: version(name) for name in PACKAGES},
     }
 
 
 def _stage(day: Day, name: str, manifest: Manifest) -> dict[str, Any]:
     facts = manifest.facts
     return {
-        "seconds": facts["seconds"],
+        **{name: facts.get(name) for name in COST},
         "rows": facts["rows"],
         "skipped": name in day.skipped,
         "losses": facts.get("losses", []),
@@ -68,14 +73,19 @@ def _stage(day: Day, name: str, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def log(day: Day, report: dict[str, Any], release: Manifest) -> None:
-    """Log the day's metrics (`cela.auc`, `gain.auc`, ...) the report and its plots to its MLflow run."""
+def publish(day: Day, report: dict[str, Any]) -> None:
+    """Put `report.json` and `report.html` where people look for them, beside the release's manifest, and log them, the
+    plots and the day's metrics (`cela.auc`, `gain.auc`, ...) to its MLflow run."""
     numbers = {f"{model}.{name}": value for model, values in report["models"].items() for name, value in values.items()}
     numbers |= {f"gain.{name}": value for name, value in report["gain"].items()}
     numbers |= {f"rows.{name}": value for name, value in report["rows"].items()}
+    for stage, facts in report["stages"].items():
+        numbers |= {f"cost.{stage}.{name}": facts[name] for name in COST if facts[name] is not None}
     day.tracker.log_metrics(day.run_id, {name: v for name, v in numbers.items() if isinstance(v, int | float)})
+    filesystem_, root = filesystem(day.state.uri)
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("report.json", "report.html"):
-            shutil.copy(day.state.local(release.name) / name, folder)
+        write_report(report, Path(folder))
+        filesystem_.create_dir(f"{root}/{day.release}", recursive=True)
+        fs.copy_files(folder, f"{root}/{day.release}", destination_filesystem=filesystem_)
         write_plots(report, Path(folder) / "plots")
         day.tracker.log_artifacts(day.run_id, folder)

@@ -36,7 +36,7 @@ from ctrdist.serving.fields import (
 from ctrdist.serving.graphs import load_graph
 from ctrdist.serving.ragged import Column, changes, load_column, take
 from ctrdist.serving.vectors import gathered, mapped, rows_of
-from ctrdist.serving.vocabulary import Ids
+from ctrdist.serving.vocabulary import UNKNOWN, Ids
 
 FORMAT = 1
 """Version of what an artifact holds."""
@@ -157,6 +157,13 @@ class ServedModel:
         assert request.num_rows == 1
         one = self.encode(request.append_column(ITEM_ID, pa.array([None], items.type)))
         return self._of_one(one, self.ids.lookup(items, ITEM_ID))
+
+    def known(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each row has a user with a row of its own in the vocabulary, and an item of the catalog, bool [n]."""
+        users = np.ones(rows.num_rows, bool)
+        if USER_ID in self.encoders:
+            users = self.encoders[USER_ID].lookup(rows[USER_ID], USER_ID) != UNKNOWN
+        return users, self.ids.lookup(rows[ITEM_ID], ITEM_ID) != UNKNOWN
 
     def encode(self, rows: pa.Table) -> Rows:
         """Raw ids as integers. Raises UserError as `predict` does."""

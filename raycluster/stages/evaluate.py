@@ -1,7 +1,10 @@
 """The last stage: every model on the same test rows."""
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -10,11 +13,13 @@ from ray.data import ActorPoolStrategy
 from ctrdist import metrics
 from ctrdist.beside import PROBABILITY
 from ctrdist.encode import ITEM
-from ctrdist.epoch import plan_pass
+from ctrdist.epoch import Chunk, plan_pass
 from ctrdist.export import load_click_model
+from ctrdist.log import RowGroup
 from ctrdist.schema import LABEL, USER_ID
 from ctrdist.storage import Manifest, State, fingerprint
 from raycluster import ingest
+from raycluster.cluster import Plan
 from raycluster.day import Day
 from raycluster.ingest import LogReader
 from raycluster.stages.click import encoded_batch
@@ -87,6 +92,58 @@ class Scorer:
         return pa.table(columns)
 
 
+FEW_ROWS = 16_384
+"""So many rows are scored by the driver itself: to start actors takes longer than that."""
+BATCH_ROWS = 4096
+
+
+def score(
+    reader: LogReader,
+    groups: list[RowGroup],
+    keep: tuple[str, ...],
+    plan: Plan,
+    actor: type,
+    gpus: int = 0,
+    **arguments: Any,
+) -> Iterator[pa.Table]:
+    """Rows of the log through actors that score them, each row once, in tables as they come. Few rows that need no
+    language model are scored here.
+
+    Args:
+        keep: columns that the actors need as they are in the log.
+        actor: class whose instances take encoded rows and return a table with as many.
+        gpus: that each of them computes on.
+        arguments: of the class, besides `reader` and `threads`.
+    """
+    chunks, arguments = plan_pass(groups), {"reader": reader, "threads": plan.threads, **arguments}
+    if sum(group.rows for group in groups) <= FEW_ROWS and not (gpus or reader.tokens):
+        return _score_here(reader, chunks, keep, partial(actor, **arguments))
+    scored = ingest.stream(reader, chunks, keep=keep).map_batches(
+        actor,
+        batch_size=BATCH_ROWS,
+        batch_format="pyarrow",
+        num_cpus=plan.worker_cpus,
+        num_gpus=gpus,
+        compute=ActorPoolStrategy(size=plan.workers),
+        fn_constructor_kwargs=arguments,
+    )
+    return iter(scored.iter_batches(batch_size=65536, batch_format="pyarrow"))
+
+
+def _score_here(
+    reader: LogReader, chunks: list[Chunk], keep: tuple[str, ...], make: Callable[[], Callable[[pa.Table], pa.Table]]
+) -> Iterator[pa.Table]:
+    threads = torch.get_num_threads()
+    try:
+        scorer = make()
+        for chunk in chunks:
+            rows = reader.read(chunk, keep)
+            for start in range(0, rows.num_rows, BATCH_ROWS):
+                yield scorer(rows.slice(start, BATCH_ROWS))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def evaluate(
     day: Day,
     read: Read,
@@ -123,26 +180,12 @@ def evaluate(
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         keep = (USER_ID, *filter(None, (day.schema.truth, written and PROBABILITY)))
-        stream = ingest.stream(reader, plan_pass(groups), keep=keep)
-        scored = stream.map_batches(
-            Scorer,
-            batch_size=4096,
-            batch_format="pyarrow",
-            num_cpus=day.plan.worker_cpus,
-            num_gpus=gpus,
-            compute=ActorPoolStrategy(size=day.plan.workers),
-            fn_constructor_kwargs={
-                "reader": reader,
-                "models": outputs,
-                "beside": written,
-                "threads": day.plan.threads,
-                "device": "cuda" if gpus else "cpu",
-            },
-        )
+        device = "cuda" if gpus else "cpu"
+        scored = score(reader, groups, keep, day.plan, Scorer, gpus, models=outputs, beside=written, device=device)
         facts = {"rows": read.total(day.window.test)}
         with day.state.create(name, inputs, facts) as folder:
             writer, rows = None, 0
-            for table in scored.iter_batches(batch_size=65536, batch_format="pyarrow"):
+            for table in scored:
                 writer = writer or pq.ParquetWriter(folder / "predictions.parquet", table.schema)
                 writer.write_table(table)
                 rows += table.num_rows
@@ -156,7 +199,11 @@ def evaluate(
     names = [*models, *(["best"] if day.schema.truth else [])]
     scores = {name: table[name].to_numpy() for name in names}
     seen, label = read.counts[table[ITEM].to_numpy()], table[LABEL].to_numpy()
-    users = table[USER_ID].combine_chunks().dictionary_encode().indices.to_numpy()
-    result = metrics.evaluate(users, seen, label, scores)
+    result = metrics.evaluate(user_numbers(table), seen, label, scores)
     first, last = names[0], list(models)[-1]
     return result | {"gain": metrics.gain(seen, label, scores[first], scores[last]) if first != last else {}}
+
+
+def user_numbers(table: pa.Table) -> np.ndarray:
+    """The user of each row as an integer from 0, [n], in the order in which they come."""
+    return table[USER_ID].combine_chunks().dictionary_encode().indices.to_numpy()

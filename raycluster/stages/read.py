@@ -38,6 +38,7 @@ class Read:
         output: the output with schema, vocabularies, catalog and texts.
         train: days that are trained on now: those of the window that no earlier day has trained on.
         counts: training rows of each item in the whole window, by catalog row.
+        click_rate: of the rows of `train`.
         rows: good rows by day or split.
         faults: bad rows by reason.
         strangers: behaviours in histories of items that are not in `items/`.
@@ -48,6 +49,7 @@ class Read:
     output: Manifest
     train: Days
     counts: np.ndarray
+    click_rate: float
     rows: dict[str, int]
     faults: dict[str, int]
     strangers: int
@@ -82,7 +84,8 @@ def read_log(day: Day, whole_window: bool = False) -> Read:
     train = day.window.train if whole_window else (*day.new_days, *_uncounted(day))
     groups = day.groups(tuple(sorted(train)) + day.window.valid + day.window.test)
     files = file_facts(day.options.data, [g.path for g in groups])
-    inputs = fingerprint(day.schema.fingerprint, files, before and before.identity, day.window, day.options.expire_days)
+    parts = day.schema.fingerprint, files, before and before.identity, day.window, day.options.expire_days, "clicks"
+    inputs = fingerprint(*parts)
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         return _read(day, name, inputs, groups, before)
@@ -96,6 +99,7 @@ def read_log(day: Day, whole_window: bool = False) -> Read:
         output,
         day.new_days,
         counts,
+        facts["clicks"] / max(1, facts["trained_rows"]),
         facts["rows_by_day"],
         facts["faults"],
         facts["strangers"],
@@ -146,6 +150,8 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
     facts = {
         "rows": rows,
         "rows_by_day": {str(d): n for d, n in sorted(scan.rows.items())},
+        "clicks": sum(scan.clicks.get(d, 0) for d in day.new_days),
+        "trained_rows": sum(scan.rows.get(d, 0) for d in day.new_days),
         "faults": scan.faults,
         "strangers": scan.strangers,
         "quarantine": where,

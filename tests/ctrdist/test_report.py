@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ctrdist import metrics, report
+from ctrdist.gate import GateConfig, Scores, decide
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,9 @@ def whole():
     trained = np.floor(draw.lognormal(3, 1.9, n)).astype(int)
     weak = 1 / (1 + np.exp(-logit - draw.normal(0, 1 + 3 / (1 + trained), n)))
     strong = 1 / (1 + np.exp(-logit - draw.normal(0, 0.9, n)))
-    evaluated = metrics.evaluate(draw.integers(0, 900, n), trained, label, {"id": weak, "cela": strong})
+    users = draw.integers(0, 900, n)
+    evaluated = metrics.evaluate(users, trained, label, {"id": weak, "cela": strong})
+    gate = decide(users, label, Scores(weak), Scores(strong), 0.2, GateConfig(resamples=40))
     losses = [[step, float(0.3 + 0.4 * np.exp(-step / 900) + draw.normal(0, 0.006))] for step in range(0, 4000, 20)]
     trained_stage = {"seconds": 184.2, "rows": 2_400_000, "skipped": False, "losses": losses,
                      "valid_auc": [[1, 0.702], [2, 0.724], [3, 0.7282], [4, 0.7279]]}  # fmt: skip
@@ -30,6 +33,7 @@ def whole():
         "quarantine": {"folder": "/state/2013-09-30/quarantine", "reasons": {"item_id <script> unknown": 12, "x": 5}},
         "models": evaluated["models"] | {"best": {"auc": 0.7401, "log_loss": 0.41, "auc_cold": None}},
         "gain": metrics.gain(trained, label, weak, strong),
+        "gate": {"version": "7", "champion_version": "6"} | gate,
         "groups": evaluated["groups"],
         "quadrants": metrics.quadrants(trained // 7, trained, (1, 4), label, {"id": weak, "cela": strong}),
         "attention": {"user_id": [0.2, 0.5, 0.3], "text": [1.0, 0.0, 0.0]},
@@ -68,6 +72,15 @@ def test_written_report_is_whole_and_stands_alone(whole, tmp_path):
         ElementTree.fromstring("<svg" + svg[: svg.index("</svg>")] + "</svg>")
     assert text.count("<svg") == 3 + 6 and "Attention on prompts" in text and "Long tail" in text
     assert "#0102" not in text
+    assert "Gate: challenger" in text and whole["gate"]["reasons"][0] in text.replace("&#39;", "'")
+
+
+def test_the_gates_table(whole):
+    first, *rows = report.gate_table(whole["gate"], "version 7", "version 6").splitlines()
+    assert "version 7" in first and len(rows) == 6
+    auc, champion = (whole["models"][name]["auc"] for name in ("id", "cela"))
+    assert f"{auc:.4f}" in rows[0] and f"{champion:.4f}" in rows[0] and report.signed(auc - champion) in rows[0]
+    assert "p = 0.024" in rows[0] and "100.0%" in rows[5], "one of 41 shows no loss"
 
 
 def test_plots_are_files_that_need_no_page(whole, tmp_path):
@@ -90,7 +103,7 @@ def test_plots_are_files_that_need_no_page(whole, tmp_path):
         assert "var(" not in text and "#0102" not in text
 
 
-@pytest.mark.parametrize("dropped", "groups stages gain quarantine window text_table config rows versions".split())
+@pytest.mark.parametrize("dropped", "groups stages gain gate quarantine window text_table config rows versions".split())
 def test_a_missing_part_is_left_out(whole, dropped):
     part = {key: value for key, value in whole.items() if key != dropped}
     assert "2013-09-30" in report.render_html(part) and report.console_table(part)

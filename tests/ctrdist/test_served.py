@@ -159,6 +159,15 @@ def test_a_log_without_histories_or_fields_of_its_own(tmp_path: Path):
     np.testing.assert_allclose(model.predict(asked), Release(tmp_path).predict(asked), atol=1e-6)
 
 
+def test_what_a_release_knows_of_rows(din: Path):
+    asked = rows().slice(0, 3)
+    asked = asked.drop_columns(["user_id", "item_id"])
+    asked = asked.append_column("user_id", pa.array(["u0", "nobody", "u1"]))
+    asked = asked.append_column("item_id", pa.array([ITEMS[0], ITEMS[0], "ghost"]))
+    users, items = ServedModel(din).known(asked)
+    assert users.tolist() == [True, False, True] and items.tolist() == [True, True, False]
+
+
 def test_requests_one_after_another_are_told_apart(din: Path):
     model, release = ServedModel(din), Release(din)
     users = rows(30, seed=5).drop_columns("item_id")

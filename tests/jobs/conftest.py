@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from ctrdist.gate import refused
 from ctrdist.language.encode import ShardEncoder
 from ctrdist.language.tokenizer import tokens_to_arrow
 from raycluster import cluster, trainer
@@ -73,8 +74,8 @@ def _encode(work: Any, state: Any, shards: str, model: Any, config: Any, plan: c
 
 
 @contextmanager
-def one_process() -> Iterator[None]:
-    """For a while jobs run here, without Ray, and nothing is tracked or registered."""
+def one_process(registered: bool = False) -> Iterator[None]:
+    """For a while jobs run here, without Ray, and nothing is tracked or registered, unless that is asked for."""
 
     def in_order(function: Callable, calls: list[tuple], **_options: Any) -> Iterator:
         return (function(*call) for call in calls)
@@ -85,12 +86,21 @@ def one_process() -> Iterator[None]:
         patch.setattr("raycluster.ingest.stream", Stream)
         patch.setattr("raycluster.encoder._encode", _encode)
         patch.setattr(trainer, "_trainer", _train)
-        patch.setattr("raycluster.day.Tracker.open", lambda *_: NoTracker())
-        patch.setattr("raycluster.reporting.log", lambda *_: None)
-        patch.setattr("raycluster.registry.write_artifact", lambda *_: None)
-        patch.setattr("raycluster.registry.register", lambda *_: "nowhere")
+        patch.setattr("raycluster.reporting.write_plots", lambda *_: None)
+        if not registered:
+            patch.setattr("raycluster.day.Tracker.open", lambda *_: NoTracker())
+            patch.setattr("raycluster.registry.write_artifact", lambda *_: None)
+            patch.setattr("raycluster.registry.register", lambda *_: "nowhere")
+            patch.setattr("raycluster.registry.pass_gate", lambda *_: refused("not asked"))
         patch.setattr(cluster, "connect", lambda: None)
         patch.setattr(cluster, "make_plan", lambda *_: cluster.Plan(1, 0, 1.0, 1))
+        yield
+
+
+@pytest.fixture
+def registered_here() -> Iterator[None]:
+    """`one_process` for a test, with tracking and registry."""
+    with one_process(registered=True):
         yield
 
 

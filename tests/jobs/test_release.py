@@ -1,0 +1,202 @@
+"""The registry over days: the gate at the end of each, and what `jobs/release.py` does."""
+
+import datetime as dt
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ctrdist.backbones import BackboneConfigs, dnn
+from ctrdist.errors import UserError
+from ctrdist.gate import GateConfig
+from ctrdist.storage import State
+from ctrdist.tasks.click import ClickConfig
+from jobs import release as RELEASE
+from jobs import train as JOB
+from raycluster import cli
+from raycluster.mlflow_server import Server
+from raycluster.versions import SERVED_SINCE, Versions
+
+FIRST = dt.date(2024, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Eight days of 25 users and 20 items, whose ids say most of what there is to know of a click."""
+    out, draw = tmp_path_factory.mktemp("release") / "data", np.random.default_rng(0)
+    (out / "items").mkdir(parents=True)
+    (out / "schema.yaml").write_text("user: {user_id: categorical}\nitem: {item_id: categorical}\n")
+    pq.write_table(pa.table({"item_id": [f"i{n}" for n in range(20)]}), out / "items" / "items.parquet")
+    users, items = draw.normal(0, 1.5, 25), draw.normal(0, 1.5, 20)
+    for day in range(8):
+        u, i = draw.integers(0, 25, 800), draw.integers(0, 20, 800)
+        label = draw.random(800) < 1 / (1 + np.exp(-users[u] - items[i]))
+        midnight = int(dt.datetime(2024, 1, 1 + day, tzinfo=dt.UTC).timestamp())
+        table = pa.table({"user_id": [f"u{n}" for n in u], "item_id": [f"i{n}" for n in i],
+                          "label": label.astype(np.float32), "timestamp": midnight + np.arange(800)})  # fmt: skip
+        folder = out / "interactions" / f"dt=2024-01-0{day + 1}"
+        folder.mkdir(parents=True)
+        pq.write_table(table, folder / "part-0.parquet")
+    return out
+
+
+@pytest.fixture(scope="module")
+def options(data):
+    return JOB.TrainOptions(
+        data=str(data), state=str(data.parent / "state"), date=FIRST, train_days=4, workers=1, keep_releases=2,
+        model_name="clicks", gate=GateConfig(resamples=100, calibration_error=0.2),
+        ctr=ClickConfig(backbone="dnn", epochs=4, batch_size=256, dim=8, lr=0.01, table_lr=0.1,
+                        networks=BackboneConfigs(dnn=dnn.Config(hidden=(16,), dropout=0.0))),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def versions(options) -> Versions:
+    return Versions(Server.of(None, options.state), "clicks")
+
+
+def report_of(options, day: int) -> dict:
+    return json.loads((Path(options.state) / "releases" / f"2024-01-0{day}" / "report.json").read_text())
+
+
+def runs_of(versions: Versions) -> list:
+    client = versions.server.client
+    return client.search_runs([client.get_experiment_by_name("train").experiment_id])
+
+
+def release(options, *arguments: str) -> None:
+    where = ["--state", options.state]
+    where += ["--data", options.data] if arguments[0] in ("compare", "promote") else []
+    RELEASE.run(cli.parse_command(RELEASE.COMMANDS, "", [*arguments, *where]))
+
+
+def test_versions_over_days(registered_here, options, versions, capsys, monkeypatch):
+    # The first whole release that beats the click rate.
+    JOB.run(options)
+    assert versions.aliases() == {"challenger": "1", "champion": "1"} and versions.champions() == ["1"]
+    gate = report_of(options, 4)["gate"]
+    assert gate["promoted"] and gate["against"] == "click rate" and gate["rows"] == 800 and gate["users"] == 25
+    assert gate["challenger"]["auc"] == pytest.approx(report_of(options, 4)["models"]["dnn"]["auc"])
+    assert State(options.state).find("releases/2024-01-04").facts["gate"] == gate
+    out = capsys.readouterr().out
+    assert "clicks version 1 against the constant click rate: 800 test rows of 25 users" in out
+    assert "clicks version 1 is champion" in out
+    day = next(run for run in runs_of(versions) if run.info.run_name == "2024-01-04")
+    assert {"code", "schema", "data", "cluster"} <= set(day.data.tags) and day.data.params["ctr.backbone"] == "dnn"
+    assert (day.data.tags["version"], day.data.tags["promoted"]) == ("1", "True")
+    assert day.data.metrics["cost.train.seconds"] > 0 and "cost.train.cpu_seconds" in day.data.metrics
+    assert day.info.status == "FINISHED"
+
+    # One that was hardly trained is refused.
+    untrained = replace(options.ctr, epochs=1, lr=1e-7, table_lr=1e-7)
+    JOB.run(replace(options, date=dt.date(2024, 1, 5), from_scratch=True, ctr=untrained))
+    assert versions.aliases() == {"challenger": "2", "champion": "1"}
+    gate = report_of(options, 5)["gate"]
+    assert not gate["promoted"] and gate["champion_version"] == "1" and "significantly worse" in gate["reasons"][0]
+    assert gate["champion"]["auc"] > gate["challenger"]["auc"] + 0.1
+    assert "clicks version 2 does not take over: AUC" in capsys.readouterr().out
+
+    # A better one is promoted, however often the job is killed on the way; the day is complete only then.
+    third = replace(options, date=dt.date(2024, 1, 6), from_scratch=True, ctr=replace(options.ctr, epochs=6))
+    tag = Versions._tag
+
+    def all_but_the_last(self, number: str, key: str, value: str) -> None:
+        return tag(self, number, key, value if key != SERVED_SINCE else 1 / 0)
+
+    for step, champion in (("challenge", "1"), ("promote", "1"), ("_tag", "3")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Versions, step, all_but_the_last if step == "_tag" else lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                JOB.run(third)
+        assert "registered" not in State(options.state).find("releases/2024-01-06").facts, step
+        assert versions.aliases()["champion"] == champion
+    JOB.run(third)
+    assert [version.number for version in versions.all()] == ["3", "2", "1"]
+    assert versions.aliases() == {"challenger": "3", "champion": "3"} and versions.champions() == ["1", "3"]
+    assert report_of(options, 6)["gate"]["champion_version"] == "1"
+    # The champion before had left the state (--keep-releases 2): the registry's copy was scored, and went again.
+    assert State(options.state).names("releases") == ["releases/2024-01-05", "releases/2024-01-06"]
+    assert not State(options.state).names("gate")
+    capsys.readouterr()
+    JOB.run(third)
+    assert "is complete" in capsys.readouterr().out and versions.champions() == ["1", "3"]
+
+
+def test_a_day_without_the_gate(registered_here, options, versions):
+    JOB.run(replace(options, date=dt.date(2024, 1, 7), promote=False))
+    assert versions.aliases() == {"challenger": "4", "champion": "3"}
+    assert report_of(options, 7)["gate"]["reasons"] == ["the gate was not asked (--no-promote)"]
+    assert "auc" in versions.get("4").tags
+
+
+def test_list_and_compare(registered_here, options, versions, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    release(options, "list")
+    rows = [line for line in capsys.readouterr().out.splitlines() if "2024-01-0" in line]
+    assert len(rows) == 4 and "challenger" in rows[0] and "champion since" in rows[1]
+    assert f"{float(versions.get('2').tags['auc']):.4f}" in rows[2]
+
+    release(options, "compare", "3", "2")
+    out = capsys.readouterr().out
+    assert "test rows of 2024-01-07" in out and "the gate does not let clicks version 2 pass" in out
+    before = versions.get("2").tags
+    release(options, "compare", "2", "3", "--date", "2024-01-05")
+    out = capsys.readouterr().out
+    assert "test rows of 2024-01-06" in out and "lets clicks version 3 pass" in out
+    assert versions.get("2").tags == before, "comparing changes nothing"
+
+
+def test_promote_and_roll_back(registered_here, options, versions, capsys):
+    with pytest.raises(UserError, match="the gate refuses clicks version 2; --force"):
+        release(options, "promote", "2")
+    assert "older than the champion" in capsys.readouterr().out
+    release(options, "promote", "2", "--force")
+    assert versions.champions() == ["1", "3", "2"]
+    release(options, "rollback")
+    assert versions.aliases()["champion"] == "3"
+    release(options, "promote", "4")
+    assert versions.champions() == ["1", "3", "4"]
+    release(options, "rollback")
+    release(options, "rollback")
+    assert (
+        versions.champions() == ["1"]
+        and "version 1 is champion again, in place of version 3" in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="no champion to go back to: version 1 is the first"):
+        release(options, "rollback")
+    with pytest.raises(UserError, match="has no version 9 .* its versions: 4, 3, 2, 1"):
+        release(options, "promote", "9")
+
+
+def test_what_is_broken_cannot_be_champion(registered_here, options, versions):
+    source = versions.server.client.get_model_version("clicks", "3").source
+    (folder,) = Path(options.state).glob(f"mlflow-artifacts/**/{source.split('/')[-1]}/artifacts")
+    weights = next(folder.rglob("model.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-4] + bytes(4))
+    with pytest.raises(UserError, match="version 3 .* is broken: files are missing, or have other bytes"):
+        release(options, "promote", "3", "--force")
+    weights.unlink()
+    with pytest.raises(UserError, match="version 3 .* is broken"):
+        release(options, "promote", "3")
+    assert versions.aliases()["champion"] == "1"
+    weights.write_bytes(whole)
+    release(options, "promote", "3")
+    assert versions.aliases()["champion"] == "3"
+
+
+def test_the_days_options_are_taken_from_ctr_yaml(options, versions, tmp_path, capsys):
+    file = tmp_path / "ctr.yaml"
+    file.write_text(f"state: {options.state}\ntrain_days: 4\nctr: {{backbone: dnn}}\ngate: {{resamples: 100}}\n")
+    RELEASE.run(cli.parse_command(RELEASE.COMMANDS, "", ["list", "--config", str(file)]))
+    assert "clicks at sqlite" in capsys.readouterr().out
+    found = cli.parse_command(RELEASE.COMMANDS, "", ["promote", "3", f"--config={file}"])
+    assert found.gate.resamples == 100 and found.version == "3"
+    with pytest.raises(UserError, match="--state is missing"):
+        RELEASE.run(cli.parse_command(RELEASE.COMMANDS, "", ["list"]))
+    with pytest.raises(UserError, match="no release there"):
+        RELEASE.run(cli.parse_command(RELEASE.COMMANDS, "", ["list", "--state", str(tmp_path)]))

@@ -1,0 +1,261 @@
+"""What is logged while MLflow fails, hangs, goes away and comes back: nothing is lost, and nothing is there twice."""
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ctrdist.errors import UserError
+from raycluster import journal, mlflow_server
+from raycluster.mlflow_server import Server
+from raycluster.tracking import Tracker
+
+
+class Flaky:
+    """A client half of whose calls fail: before anything was done, or after it, when only the answer is lost."""
+
+    def __init__(self, client: Any) -> None:
+        self.client, self.draw, self.failures = client, np.random.default_rng(0), 0
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            when = self.draw.choice(["before", "after", "never", "never"])
+            self.failures += when != "never"
+            if when == "before":
+                raise ConnectionError("no answer")
+            done = getattr(self.client, name)(*arguments, **options)
+            if when == "after":
+                raise ConnectionError("the answer is lost")
+            return done
+
+        return call
+
+
+def log_a_day(
+    tracker: Tracker, folder: Path, first: int, steps: int, between: Callable[[], None] = lambda: None
+) -> None:
+    """A day with a stage: `steps` of its loss from `first` on; `between` is called in the middle."""
+    with tracker.run("2024-01-04", params={"lr": first, "ctr": {"dim": 8}}, tags={"date": "2024-01-04"}) as day:
+        tracker.set_tags(day, {"code": "abc"})
+        with tracker.run("train", day, tags={"inputs": "x"}) as stage:
+            for step in range(first, first + steps):
+                tracker.log_metrics(stage, {"loss": 1 / (1 + step)}, step)
+                if step == first + steps // 2:
+                    between()
+        tracker.log_artifacts(day, folder)
+
+
+def check_the_day(client: Any, steps: int) -> None:
+    """The day is there once, with all of its steps once."""
+    found = client.search_runs([client.get_experiment_by_name("daily").experiment_id])
+    assert sorted(run.info.run_name for run in found) == ["2024-01-04", "train"]
+    stage, day = sorted(found, key=lambda run: run.info.run_name, reverse=True)
+    assert stage.data.tags["mlflow.parentRunId"] == day.info.run_id
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert day.data.params == {"lr": "0", "ctr.dim": "8"} and day.data.tags["code"] == "abc"
+    history = client.get_metric_history(stage.info.run_id, "loss")
+    assert sorted((m.step, m.value) for m in history) == [(step, 1 / (1 + step)) for step in range(steps)]
+    assert [file.path for file in client.list_artifacts(day.info.run_id)] == ["report.json"]
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "report.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory) -> Path:
+    """MLflow's database, empty: making one takes seconds."""
+    folder = tmp_path_factory.mktemp("database")
+    Server.of(None, folder).client.search_experiments()
+    return folder / "mlflow.db"
+
+
+def test_calls_that_fail_before_or_after_are_made_good(tmp_path, report, database, monkeypatch):
+    monkeypatch.setattr(journal, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(journal, "LONGEST_DELAY", 0.002)
+    monkeypatch.setattr(journal, "BATCH", 20)
+    state = tmp_path / "state"
+    state.mkdir()
+    shutil.copy(database, state / "mlflow.db")
+    tracker = Tracker.open(None, state, "daily")
+    real = tracker.client
+    tracker.server._client = Flaky(real)
+    log_a_day(tracker, report, 0, 60)
+    log_a_day(tracker, report, 60, 60)
+    shutil.rmtree(report)  # the journal has a copy
+    assert tracker.close(60) == 0 and tracker.server.client.failures > 10
+    check_the_day(real, 120)
+    assert not list((state / "tracking").iterdir())
+
+
+def test_what_the_server_refuses_is_left_out_with_a_warning(tmp_path, database, caplog):
+    shutil.copy(database, tmp_path / "mlflow.db")
+    tracker = Tracker.open(None, tmp_path, "daily")
+    run = tracker.start_run("day")
+    tracker.log_metrics(run, {"no\nname": 1.0})
+    tracker.log_metrics(run, {"auc": 0.7})
+    assert tracker.client.get_run(tracker.id_of(run)).data.metrics == {"auc": 0.7}
+    assert "MLflow refuses" in caplog.text and tracker.close() == 0
+
+
+def test_patience_ends_in_an_error_that_says_what_to_do(monkeypatch):
+    import requests
+
+    monkeypatch.setattr(mlflow_server, "PATIENCE", 0.0)
+    calls = []
+
+    def action() -> None:
+        calls.append(1)
+        raise requests.exceptions.ConnectionError("connection refused")
+
+    with pytest.raises(
+        UserError, match=r"http://\*\*\*@host .* does not answer: connection refused.*run the job again"
+    ):
+        Server("http://me:secret@host").patiently(action)
+    with pytest.raises(ZeroDivisionError):
+        Server("http://host").patiently(lambda: 1 / 0)
+    assert len(calls) == 1
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[..., subprocess.Popen]]:
+    """`start(command, ready, **options)`: a process that is waited for until `ready()`, and killed in the end."""
+    started: list[subprocess.Popen] = []
+
+    def start(command: list[str], ready: Callable[[], bool], **options: Any) -> subprocess.Popen:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **options
+        )
+        started.append(process)
+        end = time.monotonic() + 90
+        while not ready():
+            assert process.poll() is None and time.monotonic() < end, command
+            time.sleep(0.1)
+        return process
+
+    yield start
+    for process in started:
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def serve(processes, port: int, backend: str, folder: Path) -> subprocess.Popen:
+    """A real `mlflow server`."""
+
+    def ready() -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", backend, "--artifacts-destination", str(folder / "artifacts")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return processes(command, ready, env=environment)
+
+
+def test_a_server_on_sqlite_that_is_down_at_first_and_killed_in_the_middle(
+    tmp_path, report, database, processes, caplog
+):
+    port, state = free_port(), tmp_path / "state"
+    uri, backend = f"http://127.0.0.1:{port}", f"sqlite:///{shutil.copy(database, tmp_path / 'server.db')}"
+    tracker = Tracker.open(uri, state, "daily")
+    assert "is away" in caplog.text
+    server = []
+
+    def comes_up() -> None:
+        server.append(serve(processes, port, backend, tmp_path))
+        assert tracker.journal.flush(60) == 0
+
+    log_a_day(tracker, report, 0, 40, between=comes_up)
+    log_a_day(tracker, report, 40, 40, between=lambda: kill(server[0]))
+    with pytest.raises(UserError, match=r"does not answer: .*; \d+ records wait in .*tracking"):
+        tracker.id_of("any", seconds=0.5)
+    assert tracker.close(0.1) > 0
+
+    serve(processes, port, backend, tmp_path)
+    again = Tracker.open(uri, state, "daily")
+    log_a_day(again, report, 80, 40)
+    assert again.close(60) == 0
+    check_the_day(again.client, 120)
+
+
+@pytest.fixture
+def postgres(processes) -> Iterator[tuple[str, Callable[[], subprocess.Popen]]]:
+    """The URI of an empty PostgreSQL, and what starts it."""
+    if not (shutil.which("initdb") and shutil.which("postgres")):
+        pytest.skip("no PostgreSQL here: initdb and postgres are not on the PATH")
+    pytest.importorskip("psycopg2", reason="MLflow speaks to PostgreSQL by psycopg2")
+    folder, port = Path(tempfile.mkdtemp(prefix="ctrdist-postgres-")), free_port()
+    who = {}
+    if os.getuid() == 0:  # which PostgreSQL refuses
+        user = next(name for name in ("postgres", "nobody") if name in {entry.pw_name for entry in pwd.getpwall()})
+        shutil.chown(folder, user)
+        who = {"user": user}
+    subprocess.run(
+        ["initdb", "-D", folder / "data", "-U", "ctr", "-A", "trust", "--no-sync"],
+        check=True, capture_output=True, cwd=folder, **who,
+    )  # fmt: skip
+
+    def ready() -> bool:
+        import psycopg2
+
+        try:
+            psycopg2.connect(host="127.0.0.1", port=port, user="ctr", dbname="postgres").close()
+        except psycopg2.OperationalError:
+            return False
+        return True
+
+    def start() -> subprocess.Popen:
+        command = ["postgres", "-D", str(folder / "data"), "-F", "-h", "127.0.0.1", "-p", str(port), "-k", ""]
+        return processes(command, ready, cwd=folder, **who)
+
+    yield f"postgresql+psycopg2://ctr@127.0.0.1:{port}/postgres", start
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_server_whose_postgresql_is_killed_in_the_middle(tmp_path, report, postgres, processes):
+    backend, start = postgres
+    database, port = start(), free_port()
+    serve(processes, port, backend, tmp_path)
+    tracker = Tracker.open(f"http://127.0.0.1:{port}", tmp_path / "state", "daily")
+    log_a_day(tracker, report, 0, 40)
+    assert tracker.journal.flush(60) == 0
+    tracker.client.search_registered_models()
+    log_a_day(tracker, report, 40, 40, between=lambda: kill(database))
+    assert tracker.journal.flush(0.5) > 0
+    with pytest.raises(Exception) as caught:
+        tracker.client.search_registered_models()
+    assert tracker.server.away(caught.value), caught.value
+    start()
+    assert tracker.close(60) == 0
+    check_the_day(tracker.client, 80)
