@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -163,9 +163,20 @@ def console_table(report: Mapping, width: int = 100) -> str:
     facts.add_row("quarantined", f"{count(rows.get('quarantined'))}{folder}")
     facts.add_row("release", report.get("release") or "-")
     facts.add_row("peak memory", size(report.get("peak_memory_bytes")))
+    return _as_text(width, Text(f"CTR report {report['date']}"), Text(), models, *gained, Text(), stages, Text(), facts)
+
+
+def text_table(titles: list[str], rows: list[list[str]], width: int = 100) -> str:
+    """A table as plain text; the first column, and one without a title, are to the left."""
+    table = _table(*titles)
+    for row in rows:
+        table.add_row(*row)
+    return _as_text(width, table)
+
+
+def _as_text(width: int, *parts: RenderableType) -> str:
     out = io.StringIO()
-    parts = Group(Text(f"CTR report {report['date']}"), Text(), models, *gained, Text(), stages, Text(), facts)
-    Console(file=out, width=width, color_system=None).print(parts)
+    Console(file=out, width=width, color_system=None).print(Group(*parts))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

@@ -72,16 +72,7 @@ def write_release(
 
 def publish(day: Day) -> None:
     """Put `report.json` and `report.html` where people look for them, beside the release's manifest."""
-    from pyarrow import fs
-
-    from ctrdist.storage import filesystem
-
-    filesystem_, root = filesystem(day.state.uri)
-    manifest = day.state.find(day.release)
-    folder = f"{root}/{day.release}"
-    filesystem_.create_dir(folder, recursive=True)
-    for name in ("report.json", "report.html"):
-        fs.copy_files(f"{root}/{manifest.folder}/{name}", f"{folder}/{name}", filesystem_, filesystem_)
+    day.state.publish(day.release, ("report.json", "report.html"), day.release)
 
 
 def register(day: Day, written: Manifest) -> str:

@@ -71,6 +71,11 @@ class Training:
         """Name of the run's checkpoint in the state."""
         return f"{self.output}.checkpoint"
 
+    @property
+    def ray_folder(self) -> str:
+        """Folder of the state that Ray Train keeps its own notes of the run in."""
+        return f"ray/{self.output.replace('/', '-')}"
+
     def cursor(self) -> int:
         """Global batches that the latest checkpoint has behind it."""
         manifest = State(self.state).find(self.checkpoint, self.inputs)
@@ -99,7 +104,9 @@ def train(training: Training, plan: Plan) -> Manifest:
     assert manifest is not None, "the trainer ended without writing its output"
     state.remove(training.checkpoint)
     if state.is_local:
-        shutil.rmtree(state.path("ray"), ignore_errors=True)
+        shutil.rmtree(state.path(training.ray_folder), ignore_errors=True)
+        with contextlib.suppress(OSError):  # another training, at the same time, may have a folder there
+            Path(state.path("ray")).rmdir()
     return manifest
 
 
@@ -113,14 +120,14 @@ def _trainer(training: Training, plan: Plan) -> TorchTrainer:
         datasets["valid"] = training.valid_stream()
     resources = {"CPU": plan.worker_cpus} | ({"GPU": plan.gpus} if plan.gpus else {})
     # Ray Train restores an earlier run of the same name; ours goes on from its own checkpoint.
-    name = f"{training.output.replace('/', '-')}-{training.inputs}-{time.time_ns()}"
+    name = f"{training.inputs}-{time.time_ns()}"
     return TorchTrainer(
         _work,
         train_loop_config={"training": training},
         datasets=datasets,
         dataset_config=InOrder(),
         scaling_config=ScalingConfig(num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=resources),
-        run_config=RunConfig(name=name, storage_path=State(training.state).path("ray")),
+        run_config=RunConfig(name=name, storage_path=State(training.state).path(training.ray_folder)),
     )
 
 
