@@ -6,6 +6,7 @@ went is kept in the state when it ends, so that a sweep that was killed goes on.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -116,6 +117,8 @@ class Sweep:
         name: of its folder in the state, under `sweeps/`.
         run_id: its run in MLflow, whose children are the trials'.
         trials: those of the search, then those of the finalists.
+        runs: the trials' runs in MLflow, by their names.
+        blocks: those of them that are open.
     """
 
     method: Method
@@ -129,6 +132,7 @@ class Sweep:
     run_id: str
     trials: list[Trial] = field(default_factory=list)
     runs: dict[str, str] = field(default_factory=dict)
+    blocks: dict[str, AbstractContextManager[str]] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -199,13 +203,10 @@ class Sweep:
         """A trial begins: its run in MLflow does, or goes on."""
         values = ", ".join(f"{name} {shown(value)}" for name, value in trial.values.items())
         say(f"{trial.name:10} {values}")
-        labels = {"trial": str(trial.number), "seed": str(trial.seed)}
-        found = self.runs.get(trial.name) or self.tracker.find_run(trial.name, self.run_id, labels)
-        if found:
-            self.runs[trial.name] = self.tracker.resume_run(found)
-        else:
-            params = trial.values | {"seed": trial.seed}
-            self.runs[trial.name] = self.tracker.start_run(trial.name, self.run_id, params, labels)
+        if trial.name not in self.runs:
+            labels, params = {"trial": str(trial.number)}, trial.values | {"seed": trial.seed}
+            block = self.blocks[trial.name] = self.tracker.run(trial.name, self.run_id, params, labels)
+            self.runs[trial.name] = block.__enter__()
 
     def went_on(self, trial: Trial, epoch: int) -> None:
         """A trial has come to the end of an epoch."""
@@ -219,8 +220,8 @@ class Sweep:
             pass
         if trial.auc is not None:
             self.tracker.log_metrics(self.runs[trial.name], {"auc": trial.auc, "epochs": len(trial.curve)})
-        status = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[trial.status]
-        self.tracker.end_run(self.runs[trial.name], status)
+        how = {"done": None, "stopped": KeyboardInterrupt(), "failed": UserError(trial.error)}[trial.status]
+        self.blocks.pop(trial.name).__exit__(type(how) if how else None, how, None)
         how = f"validation AUC {trial.auc:.4f}" if trial.auc is not None else trial.error
         over = f"{sum(t.status != 'waiting' for t in self.trials)} of {len(self.trials)} trials"
         say(f"{trial.name:10} {trial.status}: {how}, {trial.seconds:.0f} s; {over} are over")

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ import ray
 from ray import cloudpickle, tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
+from ctrdist.storage import Manifest
 from ctrdist.trials import Trial
 from raycluster import cluster
 from raycluster.cluster import Plan
@@ -29,6 +30,14 @@ EPOCH, AUC = "epoch", "valid_auc"
 """What a trial reports after each epoch of the stage that ends in the served model."""
 TRIAL_CPUS = 0.01
 """CPUs that a trial's own process reserves: it waits for its stages' workers, which have theirs."""
+
+SETTINGS = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would stop at Ctrl-C and return as if all were well
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # it would write files of its own beside ours
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths begin elsewhere there
+    "RAY_AIR_NEW_OUTPUT": "0",  # that one is never silent
+}
+"""What Ray Tune is told by the environment."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,7 @@ def run_trials(
     Args:
         retries: how often a trial whose process died is tried again.
     """
-    # Tune would stop at Ctrl-C and return as if all were well; would write files of its own beside ours, and would
-    # change the folder that relative paths begin in.
-    os.environ |= {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    os.environ |= SETTINGS
     # The jobs are no package that every node has.
     cloudpickle.register_pickle_by_value(sys.modules[work.train.__module__])
     state, notes = work.day.state, f"{work.folder}.tune"
@@ -129,7 +135,6 @@ def in_full() -> FIFOScheduler:
 def run_trial(config: dict[str, str], work: Work) -> None:
     """A trial, in a process of its own: the stages up to the served model, of which only the AUC is kept."""
     name = config["trial"]
-    options = work.options[name]
     cluster.connect()
 
     @contextmanager
@@ -141,23 +146,35 @@ def run_trial(config: dict[str, str], work: Work) -> None:
             ray.get(work.turns.give_back.remote(name, output))
 
     tracker = TrialTracker(
-        options.served_stage,
+        work.options[name].served_stage,
         lambda record: tune.report({EPOCH: round(record["epoch"]), AUC: record["valid_auc"]}),
         lambda line: ray.get(work.turns.say.remote(name, line)),
     )
-    day = shared_day(work.day, options, work.folder, work.plan, tracker, turn)
     try:
-        work.train(day, options)
+        served = train_trial(work, name, tracker, turn)
     except Exception as error:
         wrong = cluster.user_error(error)
         if wrong is None:
             raise
         tune.report({EPOCH: 0, AUC: math.nan, "error": str(wrong)})  # another try would end alike
         return
-    served = day.stages[options.served_stage]
     curve = served.facts["valid_auc"]
     tune.report({EPOCH: curve[-1][0], AUC: curve[-1][1], "curve": curve})
-    day.state.remove(served.name)
+    work.day.state.remove(served.name)
+
+
+def train_trial(
+    work: Work, name: str, tracker: TrialTracker, turn: Callable[[str], AbstractContextManager]
+) -> Manifest:
+    """A trial's stages; returns the output with the served model.
+
+    Args:
+        turn: as `SharedDay` takes it.
+    """
+    options = work.options[name]
+    day = shared_day(work.day, options, work.folder, work.plan, tracker, turn)
+    work.train(day, options)
+    return day.stages[options.served_stage]
 
 
 class Watch(tune.Callback):
