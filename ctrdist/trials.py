@@ -23,7 +23,7 @@ class Trial:
         status: how it ended.
         curve: validation AUC of the served model by epoch, from 1.
         auc: that of the weights that are kept; None without any.
-        seconds: that it took, other trials' stages which it shares not counted.
+        seconds: from its beginning to its end, waiting for stages that other trials make included.
         error: why it failed.
     """
 
