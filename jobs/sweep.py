@@ -1,7 +1,7 @@
 """Search for better options of a daily job, by Ray Tune: the papers' ranges, or spaces of your own.
 
     python jobs/sweep.py cela --data DATA --state STATE
-    python jobs/sweep.py cela --data DATA --state STATE --space align.temperature=loguniform(0.01,10) --space alpha
+    python jobs/sweep.py cela --data DATA --state STATE --space alpha --space 'align.temperature=loguniform(0.01,10)'
     python jobs/sweep.py clickprompt --help
 
 Every option of the daily job is one here, and `ctr.yaml` is read as there; what is in no space stays as they say. Ends

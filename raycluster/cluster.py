@@ -5,7 +5,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -127,7 +127,8 @@ def plan_trials(workers: int = 0, batch_sizes: dict[str, int] | None = None, at_
         )
     at_once = at_once or max(1, (gpus or cpus // 4) // plan.workers)
     busy = at_once * plan.workers
-    return Plan(plan.workers, plan.gpus, 1.0 if cpus >= 4 * busy else 0.25, max(1, cpus // busy)), at_once
+    share = 1.0 if cpus >= 4 * busy else 0.25
+    return replace(plan, worker_cpus=share, threads=max(1, cpus // busy)), at_once
 
 
 def in_parallel(

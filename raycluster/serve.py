@@ -98,9 +98,8 @@ class Registered:
             partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
             try:
                 with mlflow_quiet() as mlflow:
-                    mlflow.artifacts.download_artifacts(
-                        artifact_uri=f"models:/{name}/{version}", dst_path=str(partial), tracking_uri=self.tracking_uri
-                    )
+                    where = {"tracking_uri": self.tracking_uri, "registry_uri": self.tracking_uri}
+                    mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(partial), **where)
                 partial.rename(folder)
             except OSError:
                 if not folder.exists():  # else another replica was faster

@@ -20,6 +20,7 @@ from ctrdist.errors import UserError
 from ctrdist.storage import State, fingerprint
 from ctrdist.tasks.click import ClickConfig
 from ctrdist.trials import Trial
+from raycluster import tuner
 from raycluster.day import Day, DayOptions
 from raycluster.sweep import Method, Sweep, SweepOptions, sweep
 
@@ -64,9 +65,7 @@ def cheap(day: Day, options: CheapOptions) -> None:
         curve = [[epoch, quality + 0.01 * epoch + 0.001 * options.seed] for epoch in (1, 2, 3)]
         if quality == 0.1:
             os._exit(1)
-        if quality == 0.2:
-            raise UserError("the loss is nan")
-        if quality == 0.3 and not Path(f"{day.state.uri}/died").exists():
+        if quality == 0.6 and not Path(f"{day.state.uri}/died").exists():
             Path(f"{day.state.uri}/died").touch()
             os._exit(1)
         with open(metrics, "a") as stream:
@@ -82,8 +81,8 @@ def cheap(day: Day, options: CheapOptions) -> None:
     day.stage("served", fingerprint(options.seed, options.part.quality), served)
 
 
-METHOD = Method("cheap", cheap, {"q": "part.quality=choice(0.1,0.2,0.3,0.6)"})
-SWEEP = SweepOptions(name="s", trials=9, finalists=1, seeds=2, at_once=2, retries=1, grace=3)
+METHOD = Method("cheap", cheap, {"q": "part.quality=choice(0.1,0.4,0.6)"})
+SWEEP = SweepOptions(name="s", trials=9, finalists=1, seeds=1, retries=1, reduction=2)
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +97,20 @@ def options(small_log, tmp_path_factory) -> CheapOptions:
 
 @pytest.fixture(scope="module")
 def swept(ray_cluster, options) -> str:
-    """What a sweep printed in which trials died."""
-    out = io.StringIO()
+    """What a sweep printed that was cut off by Ctrl-C in its second trial and run again."""
+    started, out = Sweep.started, io.StringIO()
+
+    def started_and_cut_off(self: Sweep, trial: Trial) -> None:
+        started(self, trial)
+        if trial.number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sweep, "started", started_and_cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(METHOD, options, replace(SWEEP, at_once=1))
     with contextlib.redirect_stdout(out):
-        sweep(METHOD, options, SWEEP, ())
+        sweep(METHOD, options, replace(SWEEP, at_once=2))
     return out.getvalue()
 
 
@@ -114,81 +123,63 @@ def runs(options: CheapOptions) -> dict:
     return {run.info.run_name: run for run in client(options).search_runs([experiment])}
 
 
-def test_stages_are_made_once_for_all_trials(swept, options):
+def journal(options: CheapOptions) -> dict[float, str]:
+    """How the trials of the search ended, by their value."""
+    state = State(options.state)
+    facts = [state.find(name).facts for name in state.names("sweeps/s/trials")]
+    return {f["values"]["part.quality"]: f["status"] for f in facts if not f["repeat"]}
+
+
+def test_a_killed_sweep_goes_on_and_stages_are_made_once(swept, options):
     counts = made(Path(options.state))
-    assert counts.count("shared-0") == counts.count("shared-1") == counts.count("shared-2") == 1
-    assert counts.count("served-0.5-0") == counts.count("served-0.6-0") == 1
+    assert counts.count("shared-0") == counts.count("shared-1") == 1 and counts.count("served-0.5-0") == 1
+    assert "trial 0    done before, validation AUC 0.5300" in swept and "3 trials, 2 at a time" in swept
+
+
+def test_asha_stops_what_is_worse_and_knows_of_the_trials_before(swept, options):
+    assert journal(options) == {0.5: "done", 0.6: "done", 0.4: "stopped", 0.1: "failed"}
+    assert "finalists 0" not in swept and made(Path(options.state)).count("served-0.6-1") == 1
 
 
 def test_a_trial_that_dies_is_tried_again_and_then_marked(swept, options):
-    counts = made(Path(options.state))
-    assert counts.count("served-0.1-0") == 2 and counts.count("served-0.3-0") == 2
-    assert counts.count("served-0.2-0") == 1  # what the options are to blame for ends alike in every try
-    found = {
-        run.data.params["part.quality"]: run
-        for name, run in runs(options).items()
-        if "seed" not in name and name != "sweep s"
-    }
-    assert {quality: run.info.status for quality, run in found.items()} == {
-        "0.5": "FINISHED", "0.6": "FINISHED", "0.3": "FINISHED", "0.1": "FAILED", "0.2": "FAILED"
-    }  # fmt: skip
-    assert "failed: the loss is nan" in swept and "died, and is tried again" in swept
+    assert swept.count("died, and is tried again") == 2  # 0.6 once, 0.1 before it is given up
+    found = {run.data.params["part.quality"]: run.info.status for name, run in runs(options).items() if "trial" in name}
+    assert found == {"0.5": "FINISHED", "0.6": "FINISHED", "0.4": "KILLED", "0.1": "FAILED"}
+    assert "failed:" in swept
 
 
 def test_every_trial_is_a_child_run_with_its_epochs(swept, options):
     found = runs(options)
     parent = found["sweep s"]
-    assert parent.info.status == "FINISHED" and parent.data.metrics["best.valid_auc"] == pytest.approx(0.6315)
+    assert parent.info.status == "FINISHED" and parent.data.metrics["best.valid_auc"] == pytest.approx(0.631)
     children = [run for run in found.values() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(children) == 5 + 2 and len(found) == 8
-    first = found["trial 0"]
-    history = client(options).get_metric_history(first.info.run_id, "valid_auc")
+    assert len(children) == 4 + 1 and len(found) == 6
+    history = client(options).get_metric_history(found["trial 0"].info.run_id, "valid_auc")
     assert {point.step: point.value for point in history} == pytest.approx({1: 0.51, 2: 0.52, 3: 0.53})
-    assert first.data.metrics["auc"] == pytest.approx(0.53)
+    assert found["trial 0"].data.metrics["auc"] == pytest.approx(0.53)
 
 
 def test_the_best_is_written_down_and_nothing_else_stays(swept, options):
-    state = Path(options.state)
-    best = yaml.safe_load((state / "sweeps" / "s" / "best.yaml").read_text())
+    folder = Path(options.state) / "sweeps" / "s"
+    best = yaml.safe_load((folder / "best.yaml").read_text())
     assert best["part"] == {"quality": 0.6} and best["data"] == options.data and "from_scratch" not in best
-    assert "upper edge of its range" in swept and "0.6300" in swept and "0.6315" in swept
-    assert (state / "sweeps" / "s" / "sweep.html").stat().st_size > 10**6
-    assert {path.name for path in (state / "sweeps" / "s").iterdir() if path.is_dir()} >= {"trials"}
-    assert not list((state / "sweeps" / "s").glob("stages*"))
+    assert "upper edge of its range" in swept and "0.6300" in swept and "0.6310" in swept
+    assert (folder / "sweep.html").stat().st_size > 10**6
+    assert not list(folder.glob("stages*")) and not (Path(options.state) / "ray").exists()
 
 
-def test_a_sweep_that_is_run_again_takes_what_has_ended(swept, options, capsys):
-    before = made(Path(options.state))
-    sweep(METHOD, options, replace(SWEEP, retries=0), ())
-    after = made(Path(options.state))
-    # Those that failed are tried once more; nothing else is.
-    assert sorted(set(after) - set(before)) == [] and len(after) == len(before) + 3
-    assert after.count("served-0.6-0") == 1 and "done before, validation AUC 0.6300" in capsys.readouterr().out
+def test_what_the_options_are_to_blame_for_is_not_tried_again(monkeypatch):
+    def wrong(*_: object) -> None:
+        raise UserError("the loss is nan")
 
-
-def test_asha_stops_what_is_worse_and_a_killed_sweep_goes_on(ray_cluster, options, tmp_path, capsys):
-    own = replace(options, state=str(tmp_path / "state"), part=Part(0.6))
-    short = replace(SWEEP, trials=3, finalists=0, at_once=1, grace=1, reduction=2)
-    spaces = ("part.quality=choice(0.6,0.4,0.35)",)
-    started = Sweep.started
-
-    def started_and_cut_off(self: Sweep, trial: Trial) -> None:
-        started(self, trial)
-        if trial.number == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Sweep, "started", started_and_cut_off)
-        with pytest.raises(KeyboardInterrupt):
-            sweep(METHOD, own, short, spaces)
-    capsys.readouterr()
-    sweep(METHOD, own, short, spaces)
-    out = capsys.readouterr().out
-    assert "trial 0    done before" in out and "2 trials, 1 at a time" in out
-    counts = made(tmp_path / "state")
-    assert counts.count("served-0.6-0") == 1 and counts.count("shared-0") == 1
-    # ASHA knows how the first trial went: both others are worse after an epoch, and stopped.
-    journal = [State(own.state).find(name).facts for name in State(own.state).names("sweeps/s/trials")]
-    assert {facts["values"]["part.quality"]: facts["status"] for facts in journal} == {
-        0.6: "done", 0.4: "stopped", 0.35: "stopped"
-    }  # fmt: skip
+    reported = []
+    monkeypatch.setattr(tuner.tune, "report", reported.append)
+    monkeypatch.setattr(tuner.cluster, "connect", lambda: None)
+    monkeypatch.setattr(tuner, "train_trial", wrong)
+    work = tuner.Work(cheap, {"trial 0": CheapOptions()}, None, "", None, None)
+    tuner.run_trial({"trial": "trial 0"}, work)
+    (report,) = reported
+    assert report["error"] == "the loss is nan" and report["epoch"] == 0
+    monkeypatch.setattr(tuner, "train_trial", lambda *_: os.stat("/no/such/file"))
+    with pytest.raises(FileNotFoundError):
+        tuner.run_trial({"trial": "trial 0"}, work)
