@@ -98,8 +98,9 @@ class Registered:
             partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
             try:
                 with mlflow_quiet() as mlflow:
-                    where = {"tracking_uri": self.tracking_uri, "registry_uri": self.tracking_uri}
-                    mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(partial), **where)
+                    # `models:/NAME/VERSION` itself would be looked for in the registry of the environment.
+                    files = mlflow.MlflowClient(self.tracking_uri).get_model_version_download_uri(name, version)
+                    mlflow.artifacts.download_artifacts(files, dst_path=str(partial), tracking_uri=self.tracking_uri)
                 partial.rename(folder)
             except OSError:
                 if not folder.exists():  # else another replica was faster
