@@ -5,6 +5,7 @@ by its validation rows. Stages that a trial's values do not change are made once
 went is kept in the state when it ends, so that a sweep that was killed goes on.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
@@ -57,6 +58,8 @@ class SweepOptions:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"--sweep.{name.replace('_', '-')} {getattr(self, name)}: {low} or more")
+        if not re.fullmatch(r"[\w.-]*", self.name):
+            raise UserError(f"--sweep.name {self.name}: names a folder; letters, digits, - . and _ only")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Method:
 
     Args:
         name: for people.
-        train: the stages of a day up to the served model, given day and options.
+        train: the stages of a day up to the served model, given day and options, whose `ctr.epochs` are that model's.
         spaces: the papers' spaces by name; all of them are swept where no space is given.
     """
 
@@ -97,7 +100,6 @@ def sweep(method: Method, base: Any, options: SweepOptions, spaces: tuple[str, .
     name = options.name or f"{method.name}-{day.date}"
     day.claim_state()
     tracker = Tracker.open(base.tracking_uri, day.state.uri, base.experiment)
-    cluster.connect()
     params = base.shown() | {"space": [str(dimension) for dimension in space], "sweep": to_dict(options)}
     with tracker.run(f"sweep {name}", params=params, tags={"sweep": name, "data": data}) as run_id:
         run = Sweep(method, base, options, space, day, data, name, tracker, run_id)
@@ -192,6 +194,7 @@ class Sweep:
         waiting = [trial for trial in trials if not trial.ended]
         if not waiting:
             return
+        cluster.connect()
         plan, at_once = cluster.plan_trials(self.base.workers, self.base.batch_sizes(), self.options.at_once)
         at_once = min(at_once, len(waiting))
         say(f"sweep      {len(waiting)} trials, {at_once} at a time, {plan.workers} workers each")
@@ -204,7 +207,8 @@ class Sweep:
         values = ", ".join(f"{name} {shown(value)}" for name, value in trial.values.items())
         say(f"{trial.name:10} {values}")
         if trial.name not in self.runs:
-            labels, params = {"trial": str(trial.number)}, trial.values | {"seed": trial.seed}
+            params, inputs = trial.values | {"seed": trial.seed}, self.journal(trial).rsplit("/", 1)[1]
+            labels = {"trial": str(trial.number), "inputs": inputs}
             block = self.blocks[trial.name] = self.tracker.run(trial.name, self.run_id, params, labels)
             self.runs[trial.name] = block.__enter__()
 
@@ -220,8 +224,8 @@ class Sweep:
             pass
         if trial.auc is not None:
             self.tracker.log_metrics(self.runs[trial.name], {"auc": trial.auc, "epochs": len(trial.curve)})
-        how = {"done": None, "stopped": KeyboardInterrupt(), "failed": UserError(trial.error)}[trial.status]
-        self.blocks.pop(trial.name).__exit__(type(how) if how else None, how, None)
+        cause = {"done": None, "stopped": KeyboardInterrupt(), "failed": UserError(trial.error)}[trial.status]
+        self.blocks.pop(trial.name).__exit__(cause and type(cause), cause, None)
         how = f"validation AUC {trial.auc:.4f}" if trial.auc is not None else trial.error
         over = f"{sum(t.status != 'waiting' for t in self.trials)} of {len(self.trials)} trials"
         say(f"{trial.name:10} {trial.status}: {how}, {trial.seconds:.0f} s; {over} are over")

@@ -214,6 +214,8 @@ class Watch(tune.Callback):
         """A trial has come to the end of an epoch, or to its own."""
         ours = self.trials[trial.config["trial"]]
         self.listen()
+        if ours.status != "waiting":  # its process died after its last word, and is tried again for nothing
+            return
         if "error" in result:
             ours.error = result["error"]
             self.end(ours, "failed")
@@ -246,7 +248,10 @@ class Watch(tune.Callback):
 
     def end(self, trial: Trial, status: str) -> None:
         """A trial is over."""
-        trial.seconds = time.monotonic() - self.began.get(trial.name, time.monotonic())
+        if trial.name not in self.began:  # its process could not even be started
+            self.began[trial.name] = time.monotonic()
+            self.follower.started(trial)
+        trial.seconds = time.monotonic() - self.began[trial.name]
         trial.end(status, keeps_best=self.work.options[trial.name].ctr.patience > 0)
         self.let_go(trial)
         self.follower.ended(trial)
