@@ -47,27 +47,35 @@ class TrialTracker:
     Args:
         served: the stage that ends in the model that is served.
         report: gets each of that stage's records with a validation AUC.
-        say: gets a line about each stage that is made.
+        say: gets lines about each stage that is made.
+        every: seconds between two of them while it trains.
     """
 
     uri = "the driver"
 
-    def __init__(self, served: str, report: Callable[[dict], None], say: Callable[[str], None]) -> None:
-        self.served, self.report, self.say = served, report, say
+    def __init__(
+        self, served: str, report: Callable[[dict], None], say: Callable[[str], None], every: float = 60.0
+    ) -> None:
+        self.served, self.report, self.say, self.every = served, report, say, every
+        self.said = time.monotonic()
 
     @contextmanager
     def run(self, stage: str, _parent: str | None = None, tags: dict[str, str] | None = None, **_: Any) -> Iterator:
         """A stage that is made now."""
-        began = time.monotonic()
+        began = self.said = time.monotonic()
         self.say(f"{stage} ...")
         yield stage
         self.say(f"{stage} took {time.monotonic() - began:.0f} s")
 
     def log_records(self, stage: str, records: list[dict]) -> None:
-        """Hands on what the served model's validation gave."""
+        """Hands on what the served model's validation gave, and says now and then how far a stage is."""
         for record in records:
             if stage == self.served and "valid_auc" in record:
                 self.report(record)
+        steps = [record for record in records if {"loss", "steps"} <= set(record)]
+        if steps and time.monotonic() - self.said > self.every:
+            self.said, last = time.monotonic(), steps[-1]
+            self.say(f"{stage} step {last['step']:,.0f} of {last['steps']:,.0f}, loss {last['loss']:.4f}")
 
     def log_metrics(self, *_: Any) -> None:
         """A stage's facts stand in its manifest."""

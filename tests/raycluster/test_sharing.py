@@ -62,3 +62,13 @@ def test_only_the_served_model_is_reported():
         tracker.log_metrics(run, {"rows": 3})
     assert reported == [{"step": 2, "valid_auc": 0.8}]
     assert said[0] == "id ..." and said[2] == "mf2 ..." and len(said) == 4
+
+
+def test_a_long_stage_says_now_and_then_how_far_it_is():
+    said = []
+    tracker = TrialTracker("mf2", lambda _: None, said.append, every=0.0)
+    tracker.log_records("dap", [{"step": n, "steps": 40, "loss": 1 / n} for n in (1, 2)])
+    assert said == ["dap step 2 of 40, loss 0.5000"]
+    tracker.every = 60.0
+    tracker.log_records("dap", [{"step": 3, "steps": 40, "loss": 0.1}])
+    assert len(said) == 1
