@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,10 +233,14 @@ class State:
             fs.copy_files(f"{root}/{manifest.folder}/{file}", f"{root}/{folder}/{file}", filesystem_, filesystem_)
 
     def clear(self, folder: str) -> None:
-        """Remove a folder of the state and all that is in it, outputs too. Nothing happens if it does not exist."""
+        """Remove a folder of the state and all that is in it, outputs too. Nothing happens if it does not exist.
+
+        What a process that is about to end writes there meanwhile may stay.
+        """
         filesystem_, root = filesystem(self.uri)
         if filesystem_.get_file_info(f"{root}/{folder}").type == fs.FileType.Directory:
-            filesystem_.delete_dir(f"{root}/{folder}")
+            with suppress(OSError):
+                filesystem_.delete_dir(f"{root}/{folder}")
 
     def _write_object(self, name: str, content: bytes) -> None:
         filesystem_, root = filesystem(self.uri)

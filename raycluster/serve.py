@@ -12,6 +12,7 @@ serves, which then gives way: requests that came before are answered by it, thos
 import asyncio
 import logging
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -285,6 +286,7 @@ def start(
 ) -> None:
     """Start Ray Serve on the connected cluster; returns when all replicas answer. Arguments as `Ranker`'s."""
     serve.start(http_options={"host": host, "port": port}, logging_config={"enable_access_log": False})
+    log.setLevel(logging.WARNING)  # of this process: the job says itself what serves
     ranker = Ranker.options(
         num_replicas=replicas,
         ray_actor_options={"num_cpus": threads},
@@ -295,9 +297,9 @@ def start(
 
 
 def wait() -> None:
-    """Returns at an interrupt, with Ray Serve shut down."""
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        serve.shutdown()
+    """Returns at Ctrl-C or SIGTERM, with Ray Serve shut down."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+    serve.shutdown()

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -72,9 +71,9 @@ class Training:
         return f"{self.output}.checkpoint"
 
     @property
-    def ray_folder(self) -> str:
+    def notes(self) -> str:
         """Folder of the state that Ray Train keeps its own notes of the run in."""
-        return f"ray/{self.output.replace('/', '-')}"
+        return f"{self.output}.ray"
 
     def cursor(self) -> int:
         """Global batches that the latest checkpoint has behind it."""
@@ -103,10 +102,7 @@ def train(training: Training, plan: Plan) -> Manifest:
     manifest = state.find(training.output, training.inputs)
     assert manifest is not None, "the trainer ended without writing its output"
     state.remove(training.checkpoint)
-    if state.is_local:
-        shutil.rmtree(state.path(training.ray_folder), ignore_errors=True)
-        with contextlib.suppress(OSError):  # another training, at the same time, may have a folder there
-            Path(state.path("ray")).rmdir()
+    state.clear(training.notes)
     return manifest
 
 
@@ -127,7 +123,7 @@ def _trainer(training: Training, plan: Plan) -> TorchTrainer:
         datasets=datasets,
         dataset_config=InOrder(),
         scaling_config=ScalingConfig(num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=resources),
-        run_config=RunConfig(name=name, storage_path=State(training.state).path(training.ray_folder)),
+        run_config=RunConfig(name=name, storage_path=State(training.state).path(training.notes)),
     )
 
 

@@ -95,7 +95,7 @@ def test_one_worker_two_workers_and_a_death_end_alike(ray_cluster, state, capsys
     assert (state / "died").exists() and "a training worker died; going on" in capsys.readouterr().out
     torch.testing.assert_close(weights(state, alone), weights(state, both), rtol=0, atol=1e-12)
     assert both.facts["workers"] == 2 and both.facts["losses"][-1][0] == 10
-    assert not list(state.glob("two.checkpoint*"))
+    assert not list(state.glob("two.checkpoint*")) and not list(state.glob("*.ray"))
 
 
 def test_what_a_worker_finds_wrong_reaches_the_user(ray_cluster, state):
