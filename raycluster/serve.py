@@ -65,19 +65,19 @@ class Registered:
         """The version to serve now; `folder` of a folder.
 
         Raises:
-            UserError: there is no such folder, model or alias.
+            UserError: there is no such folder, model, alias or version.
         """
         if not self.model.startswith("models:/"):
             if not any(Path(self.model).rglob(SERVES)):
                 raise UserError(f"--model {self.model}: no release; name the folder of one, or models:/NAME@champion")
             return "folder"
         name, at, alias = self.name.partition("@")
-        if not at:
-            return self.model.rsplit("/", 1)[1]
         with mlflow_quiet() as mlflow:
             client = mlflow.MlflowClient(self.tracking_uri)
             try:
-                return str(client.get_model_version_by_alias(name, alias).version)
+                if at:
+                    return str(client.get_model_version_by_alias(name, alias).version)
+                return str(client.get_model_version(name, self.model.rsplit("/", 1)[1]).version)
             except mlflow.exceptions.MlflowException as error:
                 reason = str(error).strip().splitlines()[0]
                 raise UserError(f"--model {self.model}: {reason} ({masked(self.tracking_uri)})") from None
@@ -91,16 +91,20 @@ class Registered:
         """A local folder with a version's release, downloaded once a machine."""
         if version == "folder":
             return release_in(Path(self.model))
-        cache = Path(tempfile.gettempdir()) / "ctrdist-cache"
         name = self.name.partition("@")[0]
-        folder = cache / fingerprint("served", masked(self.tracking_uri), name, version)
+        with mlflow_quiet() as mlflow:
+            client = mlflow.MlflowClient(self.tracking_uri)
+            about = client.get_model_version(name, version)
+            # `models:/NAME/VERSION` itself would be looked for in the registry of the environment.
+            files = client.get_model_version_download_uri(name, version)
+        cache = Path(tempfile.gettempdir()) / "ctrdist-cache"
+        made = about.run_id, about.creation_timestamp  # a database that was made anew counts from 1 again
+        folder = cache / fingerprint("served", masked(self.tracking_uri), name, version, *made)
         if not folder.exists():
             cache.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
             try:
                 with mlflow_quiet() as mlflow:
-                    # `models:/NAME/VERSION` itself would be looked for in the registry of the environment.
-                    files = mlflow.MlflowClient(self.tracking_uri).get_model_version_download_uri(name, version)
                     mlflow.artifacts.download_artifacts(files, dst_path=str(partial), tracking_uri=self.tracking_uri)
                 partial.rename(folder)
             except OSError:

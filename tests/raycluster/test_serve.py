@@ -168,8 +168,9 @@ def test_a_new_champion_takes_over_under_load_and_no_request_fails(ray_cluster, 
 
 
 def test_what_is_not_there_is_said(registry, tmp_path):
-    with pytest.raises(UserError, match="--model models:/cela@best"):
-        serve.Registered("models:/cela@best", registry.tracking_uri).current()
+    for model in ("models:/cela@best", "models:/cela/9", "models:/cella@champion"):
+        with pytest.raises(UserError, match=f"--model {model}: "):
+            serve.Registered(model, registry.tracking_uri).current()
     with pytest.raises(UserError, match="no release; name the folder of one"):
         serve.Registered(str(tmp_path)).current()
     assert serve.Registered("models:/cela/3", registry.tracking_uri).current() == "3"
