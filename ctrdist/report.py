@@ -27,9 +27,9 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -165,8 +165,7 @@ def console_table(report: Mapping, width: int = 100) -> str:
     facts.add_row("quarantined", f"{count(rows.get('quarantined'))}{folder}")
     facts.add_row("release", report.get("release") or "-")
     facts.add_row("peak memory", size(report.get("peak_memory_bytes")))
-    title = Text(f"CTR report {report['date']}")
-    return _printed(title, Text(), models, *gained, Text(), stages, Text(), facts, width=width)
+    return _as_text(width, Text(f"CTR report {report['date']}"), Text(), models, *gained, Text(), stages, Text(), facts)
 
 
 def gate_rows(decision: Mapping) -> list[tuple[str, ...]]:
@@ -194,13 +193,18 @@ def gate_rows(decision: Mapping) -> list[tuple[str, ...]]:
 
 def gate_table(decision: Mapping, challenger: str, other: str, width: int = 100) -> str:
     """`gate_rows` as plain text, with what to call the two."""
-    table = _table("", challenger, other, "difference", "95% interval", "p")
-    for row in gate_rows(decision):
+    return text_table(["", challenger, other, "difference", "95% interval", "p"], gate_rows(decision), width)
+
+
+def text_table(titles: list[str], rows: list[list[str]], width: int = 100) -> str:
+    """A table as plain text; the first column, and one without a title, are to the left."""
+    table = _table(*titles)
+    for row in rows:
         table.add_row(*row)
-    return _printed(table, width=width)
+    return _as_text(width, table)
 
 
-def _printed(*parts: Any, width: int) -> str:
+def _as_text(width: int, *parts: RenderableType) -> str:
     out = io.StringIO()
     Console(file=out, width=width, color_system=None).print(Group(*parts))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

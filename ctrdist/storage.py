@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,6 +252,24 @@ class State:
         for name in self.folders(under):
             if f"{under}/{name}" not in folders:
                 filesystem_.delete_dir(f"{root}/{under}/{name}")
+
+    def publish(self, name: str, files: tuple[str, ...], folder: str) -> None:
+        """Copy files of output `name` into a folder of the state, where people look for them."""
+        filesystem_, root = filesystem(self.uri)
+        manifest = self.find(name)
+        filesystem_.create_dir(f"{root}/{folder}", recursive=True)
+        for file in files:
+            fs.copy_files(f"{root}/{manifest.folder}/{file}", f"{root}/{folder}/{file}", filesystem_, filesystem_)
+
+    def clear(self, folder: str) -> None:
+        """Remove a folder of the state and all that is in it, outputs too. Nothing happens if it does not exist.
+
+        What a process that is about to end writes there meanwhile may stay.
+        """
+        filesystem_, root = filesystem(self.uri)
+        if filesystem_.get_file_info(f"{root}/{folder}").type == fs.FileType.Directory:
+            with suppress(OSError):
+                filesystem_.delete_dir(f"{root}/{folder}")
 
     def _write_object(self, name: str, content: bytes) -> None:
         filesystem_, root = filesystem(self.uri)

@@ -12,6 +12,7 @@ from ctrdist import backbones
 from ctrdist.errors import UserError
 from ctrdist.language.encode import EncodeConfig
 from ctrdist.language.model import check_model
+from ctrdist.storage import Manifest
 from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.click import ClickConfig, FuseConfig
 from ctrdist.tasks.pretrain import PretrainConfig
@@ -21,7 +22,7 @@ from raycluster.day import Day, DayOptions, run_day
 from raycluster.stages.click import train_click
 from raycluster.stages.evaluate import evaluate
 from raycluster.stages.language import align, encode, pretrain, pretraining_due, table_of_embeddings
-from raycluster.stages.read import read_log
+from raycluster.stages.read import Read, read_log
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,20 @@ class CelaOptions(DayOptions):
         backbones.check(self.ctr.backbone)
         check_model(self.lm.name, head=self.pretrain.epochs > 0 and self.pretrain.mlm_weight > 0)
 
+    @property
+    def served_stage(self) -> str:
+        """Name of the stage that ends in the model that is served: MF² of the last round."""
+        return f"mf2{_suffix(self.rounds)}"
+
     def batch_sizes(self) -> dict[str, int]:
         """Rows of a global batch, by option."""
         sizes = {"ctr": self.ctr.batch_size, "pretrain": self.pretrain.batch_size, "align": self.align.batch_size}
         return {f"--{name}.batch-size": size for name, size in sizes.items()}
+
+
+def _suffix(number: int) -> str:
+    """What the names of a round's stages end in."""
+    return "" if number == 1 else f"_{number}"
 
 
 def run(options: CelaOptions) -> None:
@@ -73,6 +84,15 @@ def run(options: CelaOptions) -> None:
 
 def cela(day: Day, options: CelaOptions) -> dict:
     """All stages, in order; returns the report."""
+    read, id_model, pretrained, aligned, text, fused = train(day, options)
+    models = {"id": (id_model, None), "cela": (fused, text)}
+    report = reporting.assemble(day, read, evaluate(day, read, models), text)
+    registry.release(day, read, models, report, {"lm": aligned.name, "dap": pretrained.name})
+    return report
+
+
+def train(day: Day, options: CelaOptions) -> tuple[Read, Manifest, Manifest, Manifest, Manifest, Manifest]:
+    """The stages up to the served model: what was read, ID model, DAP, ROMA, text table and MF²."""
     due = pretraining_due(day, options.lm, options.pretrain)
     warm = day.previous is not None and not due
     read = read_log(day, whole_window=due)
@@ -83,17 +103,8 @@ def cela(day: Day, options: CelaOptions) -> dict:
     aligned, fused = (day.earlier("lm"), day.earlier("cela")) if warm else (pretrained, None)
     days = read.train if warm else day.window.train
     for number in range(1, options.rounds + 1):
-        suffix = "" if number == 1 else f"_{number}"
-        aligned = align(
-            day,
-            f"roma{suffix}",
-            read,
-            aligned,
-            fused if number > 1 else id_model,
-            options.align,
-            options.lm,
-            warm=warm,
-        )
+        suffix, target = _suffix(number), fused if number > 1 else id_model
+        aligned = align(day, f"roma{suffix}", read, aligned, target, options.align, options.lm, warm=warm)
         if options.fuse.source == "id":
             text = table_of_embeddings(day, f"encode{suffix}", read, id_model)
         else:
@@ -101,11 +112,7 @@ def cela(day: Day, options: CelaOptions) -> dict:
         fused = train_click(
             day, f"mf2{suffix}", read, options.ctr, text=text, fuse=options.fuse, start=fused, days=days
         )
-
-    models = {"id": (id_model, None), "cela": (fused, text)}
-    report = reporting.assemble(day, read, evaluate(day, read, models), text)
-    registry.release(day, read, models, report, {"lm": aligned.name, "dap": pretrained.name})
-    return report
+    return read, id_model, pretrained, aligned, text, fused
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ctrdist.language import source
 from ctrdist.language.model import check_model
 from ctrdist.language.prompts import PromptConfig, check_prompts
 from ctrdist.row_texts import RowTextConfig
-from ctrdist.storage import fingerprint
+from ctrdist.storage import Manifest, fingerprint
 from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.prompted import PromptPretrainConfig
 from ctrdist.tasks.prompted_click import PromptFinetuneConfig
@@ -25,7 +25,7 @@ from raycluster.stages.click import train_click
 from raycluster.stages.clickprompt import Prompted, finetune, pretrain, pretraining_due, tokens
 from raycluster.stages.clickprompt_report import inference_times, prompt_attention, quadrants
 from raycluster.stages.evaluate import evaluate
-from raycluster.stages.read import read_log
+from raycluster.stages.read import Days, Read, read_log
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class ClickPromptOptions(DayOptions):
     finetune: PromptFinetuneConfig = field(default_factory=PromptFinetuneConfig)
 
     job = "clickprompt_daily"
+    served_stage = "without_plm"
 
     def check(self) -> None:
         """Raise a UserError for what can be known to be wrong before anything is read."""
@@ -62,6 +63,10 @@ class ClickPromptOptions(DayOptions):
         """Rows of a global batch, by option."""
         parts = {"ctr": self.ctr, "pretrain": self.pretrain, "finetune": self.finetune}
         return {f"--{name}.batch-size": part.batch_size for name, part in parts.items()}
+
+    def parts(self) -> Prompted:
+        """What the trainings with the language model are made of."""
+        return Prompted(self.ctr, self.lm, self.prompts)
 
     def meaning(self) -> str:
         """Fingerprint of what pre-training makes, besides the rows: with another one it is done again."""
@@ -77,20 +82,10 @@ def run(options: ClickPromptOptions) -> None:
 
 def clickprompt(day: Day, options: ClickPromptOptions) -> dict:
     """All stages, in order; returns the report."""
-    options.text.check(day.schema)
-    due = pretraining_due(day, options.meaning(), options.pretrain)
-    read = read_log(day, whole_window=due)
-    # After pre-training both fine-tunings start anew from it, on the whole window; else they go on with new days.
-    days = day.window.train if due else read.train
+    due, read, days, said, pretrained, without = train(day, options)
     backbone = train_click(day, "backbone", read, options.ctr, start=day.earlier("backbone"))
-    said = tokens(day, read, options.lm.name, options.prompts, options.text)
-    parts = Prompted(options.ctr, options.lm, options.prompts)
-    pretrained = None
-    if due and options.pretrain.epochs:
-        pretrained = pretrain(day, read, said, parts, options.pretrain, days)
-    starts = (pretrained, pretrained) if due else (day.earlier("clickprompt"), day.earlier("with_plm"))
-    without = train_click(day, "without_plm", read, options.ctr, start=starts[0], days=days, warm=not due)
-    both = finetune(day, read, said, parts, options.finetune, starts[1], days, warm=not due)
+    start = pretrained if due else day.earlier("with_plm")
+    both = finetune(day, read, said, options.parts(), options.finetune, start, days, warm=not due)
 
     outputs = {"backbone": backbone, "with_plm": both, "without_plm": without}
     result = evaluate(day, read, {name: (output, None) for name, output in outputs.items()}, tokens=said)
@@ -109,6 +104,23 @@ def clickprompt(day: Day, options: ClickPromptOptions) -> dict:
     }
     registry.release(day, read, {"clickprompt": (without, None)}, report, facts)
     return report
+
+
+def train(day: Day, options: ClickPromptOptions) -> tuple[bool, Read, Days, Manifest, Manifest | None, Manifest]:
+    """The stages up to the served model: whether pre-training was due, what was read, the days trained on, the tokens,
+    PA-MLM and the fine-tuning without the language model."""
+    options.text.check(day.schema)
+    due = pretraining_due(day, options.meaning(), options.pretrain)
+    read = read_log(day, whole_window=due)
+    # After pre-training both fine-tunings start anew from it, on the whole window; else they go on with new days.
+    days = day.window.train if due else read.train
+    said = tokens(day, read, options.lm.name, options.prompts, options.text)
+    pretrained = None
+    if due and options.pretrain.epochs:
+        pretrained = pretrain(day, read, said, options.parts(), options.pretrain, days)
+    start = pretrained if due else day.earlier("clickprompt")
+    without = train_click(day, "without_plm", read, options.ctr, start=start, days=days, warm=not due)
+    return due, read, days, said, pretrained, without
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ctrdist.config import to_dict
 from ctrdist.interaction_text import TextConfig
 from ctrdist.language.encode import EncodeConfig, Source
 from ctrdist.language.model import check_model
-from ctrdist.storage import fingerprint
+from ctrdist.storage import Manifest, fingerprint
 from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.distill import DistillConfig
 from ctrdist.tasks.m_llm import MLLMConfig
@@ -31,7 +31,7 @@ from raycluster.stages.elec import (
     train_m_llm,
 )
 from raycluster.stages.evaluate import evaluate
-from raycluster.stages.read import read_log
+from raycluster.stages.read import Days, Read, read_log
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class ElecOptions(DayOptions):
     distill: DistillConfig = field(default_factory=DistillConfig)
 
     job = "elec_daily"
+    served_stage = "distill"
 
     def check(self) -> None:
         """Raise a UserError for what can be known to be wrong before anything is read."""
@@ -94,6 +95,25 @@ def run(options: ElecOptions) -> None:
 
 def elec(day: Day, options: ElecOptions) -> dict:
     """All stages, in order; returns the report."""
+    read, days, text, m_llm, represented, pair = train(day, options)
+    backbone = train_click(day, "backbone", read, options.ctr, start=day.earlier("backbone"))
+
+    models = {"backbone": (backbone, None)}
+    if m_llm:
+        models["m_llm"] = (None, None)
+    models |= {"gain": (pair, None, GAIN), "vanilla": (pair, None)}
+    report = reporting.assemble(day, read, evaluate(day, read, models, represented), text, days)
+    facts = {"representation": options.representation(), "backbone": backbone.name}
+    facts |= {"m_llm": m_llm.name} if m_llm else {}
+    registry.release(day, read, {"elec": (pair, None)}, report, facts)
+    return report
+
+
+def train(
+    day: Day, options: ElecOptions
+) -> tuple[Read, Days, Manifest | None, Manifest | None, Manifest | None, Manifest]:
+    """The stages up to the served model: what was read, the days trained on, texts, M-LLM, its representations and the
+    pair."""
     options.text.check(day.schema)
     meaning = options.representation()
     # States of another language model mean something else: all that reads them then learns the whole window anew.
@@ -110,17 +130,8 @@ def elec(day: Day, options: ElecOptions) -> dict:
         text = encode_interactions(day, read, options.source(), granularity, options.encode, options.text, days)
         m_llm = train_m_llm(day, read, text, granularity, options.m_llm, before("m_llm"), days)
         represented = represent(day, read, text, m_llm, granularity, days)
-    backbone = train_click(day, "backbone", read, options.ctr, start=day.earlier("backbone"))
     pair = distill(day, read, represented, options.ctr, options.distill, before("elec"), days)
-
-    models = {"backbone": (backbone, None)}
-    if m_llm:
-        models["m_llm"] = (None, None)
-    models |= {"gain": (pair, None, GAIN), "vanilla": (pair, None)}
-    report = reporting.assemble(day, read, evaluate(day, read, models, represented), text, days)
-    facts = {"representation": meaning, "backbone": backbone.name} | ({"m_llm": m_llm.name} if m_llm else {})
-    registry.release(day, read, {"elec": (pair, None)}, report, facts)
-    return report
+    return read, days, text, m_llm, represented, pair
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -108,6 +108,33 @@ def make_plan(workers: int = 0, batch_sizes: dict[str, int] | None = None) -> Pl
     return Plan(workers, 1 if gpus else 0, share, max(1, cpus // workers), has)
 
 
+def plan_trials(workers: int = 0, batch_sizes: dict[str, int] | None = None, at_once: int = 0) -> tuple[Plan, int]:
+    """A plan of each of several trainings at a time, and how many they are.
+
+    Args:
+        workers: of one training; 0 takes one.
+        batch_sizes: as `make_plan` takes them.
+        at_once: trainings at a time; 0 takes as many as there is room for: a GPU or four CPUs for each worker.
+
+    Raises:
+        UserError: as `make_plan`, or more at a time than the cluster has GPUs or CPUs for.
+    """
+    import ray
+
+    plan, resources = make_plan(workers or 1, batch_sizes), ray.cluster_resources()
+    cpus, gpus = int(resources["CPU"]), int(resources.get("GPU", 0))
+    room, kind = (gpus, "GPUs") if gpus else (cpus, "CPUs")
+    if at_once * plan.workers > room:
+        raise UserError(
+            f"--sweep.at-once {at_once}: {at_once * plan.workers} workers, and the cluster has {room} {kind}; at most "
+            f"{room // plan.workers}"
+        )
+    at_once = at_once or max(1, (gpus or cpus // 4) // plan.workers)
+    busy = at_once * plan.workers
+    share = 1.0 if cpus >= 4 * busy else 0.25
+    return replace(plan, worker_cpus=share, threads=max(1, cpus // busy)), at_once
+
+
 def in_parallel(
     function: Callable[..., Any], calls: list[tuple], cpus: float = 1.0, at_once: int = 64
 ) -> Iterator[Any]:
@@ -123,7 +150,8 @@ def in_parallel(
     """
     import ray
 
-    task = ray.remote(num_cpus=cpus)(function)
+    # Said outright, or a caller in a placement group (a trial of Ray Tune) would have its tasks wait within it.
+    task = ray.remote(num_cpus=cpus, scheduling_strategy="DEFAULT")(function)
     waiting, running = list(reversed(calls)), []
     while waiting or running:
         while waiting and len(running) < at_once:

@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -76,6 +76,8 @@ class DayOptions:
     config: str | None = None
 
     job = ""
+    served_stage = ""
+    """Name of the stage that ends in the model that is served."""
 
     @property
     def split_name(self) -> str:
@@ -137,9 +139,13 @@ class Day:
         """Name of this day's release."""
         return f"releases/{self.date}"
 
-    def name(self, stage: str) -> str:
-        """Name of a stage's output."""
+    def name(self, stage: str, inputs: str = "") -> str:
+        """Name of the output of a stage that is made from `inputs` (a fingerprint)."""
         return f"runs/{self.date}/{stage}"
+
+    def alone(self, output: str) -> AbstractContextManager:
+        """A block that nobody else who may make the same output is in. Of a day there is one run only."""
+        return nullcontext()
 
     def groups(self, days: tuple[Part, ...]) -> list[RowGroup]:
         """The row groups of some days, or splits, of the log, their columns checked."""
@@ -162,9 +168,7 @@ class Day:
     def running(self) -> Iterator[None]:
         """Ray, the plan and the MLflow run of the day, for as long as the block lasts."""
         self.memory = cluster.PeakMemory()
-        if not self.state.find("schema"):
-            with self.state.create("schema", self.schema.fingerprint, {"job": self.options.job}) as folder:
-                self.schema.save(folder / "schema.yaml")
+        self.claim_state()
         self.tracker = Tracker.open(self.options.tracking_uri, self.state.uri, self.options.experiment)
         cluster.connect()
         self.plan = cluster.make_plan(self.options.workers, self.options.batch_sizes())
@@ -181,9 +185,13 @@ class Day:
                 yield
         finally:
             self.memory.close()
-            if waiting := self.tracker.close():
-                where = self.tracker.journal.folder
-                say(f"{waiting:,} records wait in {where} for MLflow to answer; the next job on this state sends them")
+            close_tracker(self.tracker)
+
+    def claim_state(self) -> None:
+        """Write into a new state whose it is: this schema's and this job's."""
+        if not self.state.find("schema"):
+            with self.state.create("schema", self.schema.fingerprint, {"job": self.options.job}) as folder:
+                self.schema.save(folder / "schema.yaml")
 
     def stage(self, stage: str, inputs: str, make: Callable[[str, str, str | None], Manifest]) -> Manifest:
         """Do a stage, or take its output from an earlier try that had the same inputs.
@@ -192,33 +200,35 @@ class Day:
             inputs: fingerprint of everything that the output depends on.
             make: (output's name, inputs, file for metrics) -> the output's manifest; its facts have `rows`.
         """
-        found = self.state.find(self.name(stage), inputs)
-        if found is not None and "seconds" in found.facts:
-            say(f"{stage:10} done before: {found.facts['seconds']:.0f} s, {found.facts['rows']:,} rows")
-            self.skipped.add(stage)
-        else:
-            found = self._make(stage, inputs, make)
+        name = self.name(stage, inputs)
+        with self.alone(name):
+            found = self.state.find(name, inputs)
+            if found is not None and "seconds" in found.facts:
+                say(f"{stage:10} done before: {found.facts['seconds']:.0f} s, {found.facts['rows']:,} rows")
+                self.skipped.add(stage)
+            else:
+                found = self._make(stage, name, inputs, make)
         self.stages[stage] = found
         return found
 
-    def _make(self, stage: str, inputs: str, make: Callable[[str, str, str | None], Manifest]) -> Manifest:
+    def _make(self, stage: str, name: str, inputs: str, make: Callable[[str, str, str | None], Manifest]) -> Manifest:
         say(f"{stage:10} ...")
         began = time.monotonic()
         labels = {"stage": stage, "inputs": inputs}
         root = Path(filesystem(self.state.uri)[1]) if self.state.is_local else None
-        metrics = root and root / f"{self.name(stage)}.metrics.jsonl"
+        metrics = root and root / f"{name}.metrics.jsonl"
         with self.tracker.run(stage, self.run_id, tags=labels) as run_id:
             if metrics:
                 metrics.parent.mkdir(parents=True, exist_ok=True)
                 metrics.unlink(missing_ok=True)
                 with MetricsTail(self.tracker, run_id, metrics, on_record=Progress(stage)):
-                    make(self.name(stage), inputs, str(metrics))
+                    make(name, inputs, str(metrics))
                 metrics.unlink(missing_ok=True)
             else:
-                make(self.name(stage), inputs, None)
+                make(name, inputs, None)
             seconds = time.monotonic() - began
             cost = {f"{kind.lower()}_seconds": seconds * self.plan.cluster.get(kind, 0) for kind in ("CPU", "GPU")}
-            manifest = self.state.annotate(self.name(stage), {"seconds": seconds, **cost})
+            manifest = self.state.annotate(name, {"seconds": seconds, **cost})
             self._log_stage(run_id, manifest, losses=metrics is None)
         say(f"{stage:10} {seconds:.0f} s, {manifest.facts['rows']:,} rows")
         return manifest
@@ -248,8 +258,11 @@ def run_day(options: DayOptions, pipeline: Callable[[Day], dict]) -> None:
     print(console_table(report), flush=True)
 
 
-def open_day(options: DayOptions) -> Day:
+def open_day(options: DayOptions, test: bool = True) -> Day:
     """Check data and state, choose the window, and find the day to start from. Needs no Ray.
+
+    Args:
+        test: whether the window has test days; without, nothing of theirs is opened.
 
     Raises:
         UserError: what is wrong with the options, the data or the state.
@@ -280,6 +293,8 @@ def open_day(options: DayOptions) -> Day:
         window = SPLIT_WINDOW
     else:
         window = choose_window(list(files), options.date, options.train_days, options.valid_days, options.test_days)
+    if not test:
+        window = replace(window, test=())
     known = state.find("schema")
     if known is not None and known.facts.get("job", options.job) != options.job:
         raise UserError(
@@ -317,6 +332,13 @@ def latest_release(state: State, before: dt.date) -> Manifest | None:
 def day_releases(state: State) -> list[str]:
     """Names of the releases that are named by a day, the oldest first."""
     return [name for name in state.names("releases") if name[-1].isdigit()]
+
+
+def close_tracker(tracker: Tracker) -> None:
+    """Let MLflow take what was logged; say what it has not taken."""
+    if waiting := tracker.close():
+        where = tracker.journal.folder
+        say(f"{waiting:,} records wait in {where} for MLflow to answer; the next job on this state sends them")
 
 
 def say(line: str) -> None:

@@ -15,7 +15,7 @@ from ctrdist.scoring import Job, Scored, score_file
 from ctrdist.serving.model import ServedModel, find_artifact
 from ctrdist.storage import fingerprint
 from raycluster.cluster import Plan, absolute, check_path
-from raycluster.tracking import masked, mlflow_quiet
+from raycluster.mlflow_server import masked, mlflow_quiet
 
 
 @dataclass(frozen=True)

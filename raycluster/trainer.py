@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -71,6 +70,11 @@ class Training:
         """Name of the run's checkpoint in the state."""
         return f"{self.output}.checkpoint"
 
+    @property
+    def notes(self) -> str:
+        """Folder of the state that Ray Train keeps its own notes of the run in."""
+        return f"{self.output}.ray"
+
     def cursor(self) -> int:
         """Global batches that the latest checkpoint has behind it."""
         manifest = State(self.state).find(self.checkpoint, self.inputs)
@@ -98,8 +102,7 @@ def train(training: Training, plan: Plan) -> Manifest:
     manifest = state.find(training.output, training.inputs)
     assert manifest is not None, "the trainer ended without writing its output"
     state.remove(training.checkpoint)
-    if state.is_local:
-        shutil.rmtree(state.path("ray"), ignore_errors=True)
+    state.clear(training.notes)
     return manifest
 
 
@@ -113,14 +116,14 @@ def _trainer(training: Training, plan: Plan) -> TorchTrainer:
         datasets["valid"] = training.valid_stream()
     resources = {"CPU": plan.worker_cpus} | ({"GPU": plan.gpus} if plan.gpus else {})
     # Ray Train restores an earlier run of the same name; ours goes on from its own checkpoint.
-    name = f"{training.output.replace('/', '-')}-{training.inputs}-{time.time_ns()}"
+    name = f"{training.inputs}-{time.time_ns()}"
     return TorchTrainer(
         _work,
         train_loop_config={"training": training},
         datasets=datasets,
         dataset_config=InOrder(),
         scaling_config=ScalingConfig(num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=resources),
-        run_config=RunConfig(name=name, storage_path=State(training.state).path("ray")),
+        run_config=RunConfig(name=name, storage_path=State(training.state).path(training.notes)),
     )
 
 

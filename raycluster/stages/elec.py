@@ -69,12 +69,14 @@ def encode_interactions(
     """
     parts = granularity, to_dict(text), to_dict(config), [str(d) for d in days]
     inputs = fingerprint(read.identity, model.fingerprint(config), *parts)
-    if granularity == "item":
-        texts = item_text_output(day, read, text)
-        numbered = catalog_rows(day.state, read.output.name)
-    else:
-        texts = interaction_output(day, read, text, days)
-        numbered = np.arange(texts.facts["rows"]), texts.identity
+    name = texts_of(day.name("encode", inputs))
+    with day.alone(name):
+        if granularity == "item":
+            texts = item_text_output(day, read, text, name)
+            numbered = catalog_rows(day.state, read.output.name)
+        else:
+            texts = interaction_output(day, read, text, days, name)
+            numbered = np.arange(texts.facts["rows"]), texts.identity
     return encode_stage(day, "encode", texts.name, model, config, inputs, numbered)
 
 
@@ -84,14 +86,14 @@ def days_used(day: Day, days: Days) -> Days:
     return days + day.window.valid + day.window.test
 
 
-def texts_name(day: Day) -> str:
-    """Name of the output with the texts that a day encodes."""
-    return f"{day.name('encode')}.texts"
+def texts_of(encoded: str) -> str:
+    """Name of the output with the texts that output `encoded` has the states of."""
+    return f"{encoded}.texts"
 
 
-def item_text_output(day: Day, read: Read, config: TextConfig) -> Manifest:
-    """The text of each item, by catalog row, as an output."""
-    name, inputs = texts_name(day), fingerprint("item", read.output.identity, to_dict(config))
+def item_text_output(day: Day, read: Read, config: TextConfig, name: str) -> Manifest:
+    """The text of each item, by catalog row, as output `name`."""
+    inputs = fingerprint("item", read.output.identity, to_dict(config))
     if day.state.find(name, inputs) is None:
         _, _, catalog = _reader(day, read).open()
         items = pq.read_table(day.state.local(read.output.name) / ITEMS)
@@ -101,9 +103,9 @@ def item_text_output(day: Day, read: Read, config: TextConfig) -> Manifest:
     return day.state.find(name)
 
 
-def interaction_output(day: Day, read: Read, config: TextConfig, days: Days) -> Manifest:
-    """The distinct texts of all rows of `days_used`, as an output."""
-    name, used = texts_name(day), days_used(day, days)
+def interaction_output(day: Day, read: Read, config: TextConfig, days: Days, name: str) -> Manifest:
+    """The distinct texts of all rows of `days_used`, as output `name`."""
+    used = days_used(day, days)
     inputs = fingerprint("interaction", read.identity, to_dict(config), [str(d) for d in used])
     if day.state.find(name, inputs) is None:
         reader = _reader(day, read)
@@ -130,9 +132,9 @@ def _sides(reader: LogReader, config: TextConfig) -> Interactions:
     return Interactions.of(items, schema, catalog, config)
 
 
-def _reader(day: Day, read: Read, granularity: Granularity = "item") -> LogReader:
-    """Reads the log and, if interactions have texts of their own, the numbers of these."""
-    texts = texts_name(day) if granularity == "interaction" else ""
+def _reader(day: Day, read: Read, text: Manifest | None = None, granularity: Granularity = "item") -> LogReader:
+    """Reads the log and, if interactions have texts of their own, the numbers of these, encoded in `text`."""
+    texts = texts_of(text.name) if text and granularity == "interaction" else ""
     return LogReader(day.options.data, day.state.uri, read.output.name, texts=texts)
 
 
@@ -155,7 +157,7 @@ def train_m_llm(
     epochs = config.warm_epochs if start else config.epochs
     parts = (text.identity, granularity, to_dict(config), day.options.seed, epochs, [str(d) for d in days])
     inputs = fingerprint(read.identity, *parts, start and start.identity)
-    reader = _reader(day, read, granularity)
+    reader = _reader(day, read, text, granularity)
     return train_on_log(
         day,
         "m_llm",
@@ -197,7 +199,7 @@ def represent(day: Day, read: Read, text: Manifest, m_llm: Manifest, granularity
     """
     used = days_used(day, days)
     inputs = fingerprint(read.identity, text.identity, m_llm.identity, granularity, [str(d) for d in used])
-    reader = _reader(day, read, granularity)
+    reader = _reader(day, read, text, granularity)
     files = sorted({(group.day, group.path) for group in read.groups(used)})
     width = ModifiedLanguageModel.load(day.state.local(m_llm.name)).width
 

@@ -196,7 +196,8 @@ def _items_with_text(day: Day, read: Read) -> np.ndarray:
 def _tokens(day: Day, read: Read, lm: Source, max_length: int) -> str:
     """The output with the tokens of all texts of the day: DAP and ROMA share it if they read as much of a text."""
     items = _items_with_text(day, read)
-    return stored_tokens(day.state, read.output, lm.tokenizer(max_length), items).name
+    with day.alone(f"{read.output.name}.tokens"):
+        return stored_tokens(day.state, read.output, lm.tokenizer(max_length), items).name
 
 
 def _text_batches(

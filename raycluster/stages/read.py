@@ -107,7 +107,7 @@ def read_log(day: Day, whole_window: bool = False) -> Read:
         with_good_rows(groups, np.load(folder / GOOD_ROWS)),
     )
     for kind, days in (("training", read.train), ("validation", day.window.valid), ("test", day.window.test)):
-        if not read.total(days):
+        if days and not read.total(days):
             raise UserError(f"{day.options.data}: no good rows on the {kind} days, {days[0]} to {days[-1]}")
     return read
 
@@ -129,13 +129,13 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
         save_encoders(blank, folder / "vocabulary")
         build_catalog(items, ids, schema, blank).save(folder / "catalog")
     reader = LogReader(data, state.uri, first)
-    with state.create(f"runs/{day.date}/quarantine", inputs) as quarantine:
+    with state.create(day.name("quarantine", inputs), inputs) as quarantine:
         ids_of = dict.fromkeys(day.new_days, "counted") | dict.fromkeys(day.window.valid, "seen")
         scan = ingest.scan(reader, groups, ids_of, quarantine)
     rows = sum(scan.rows.values())
     where = None
     if scan.quarantined:
-        where = state.path(state.find(f"runs/{day.date}/quarantine").folder)
+        where = state.path(state.find(day.name("quarantine", inputs)).folder)
     counts_by_day = _window_counts(day, old, scan)
     counts = item_counts(counts_by_day, day.window.train, ids.size)
     fresh = item_counts(scan.items, day.new_days, ids.size)

@@ -133,6 +133,18 @@ def test_remove(state):
     assert objects(state) == {"y.json", f"{state.find('y').folder}/a.txt", f"{state.find('y').folder}/deep/er/b.txt"}
 
 
+def test_published_files_lie_where_people_look_and_a_cleared_folder_is_gone(state):
+    manifest = write(state, "s/result", "hello")
+    write(state, "s/stages/one", "x")
+    write(state, "s/stages.other", "y")
+    state.publish("s/result", ("a.txt",), "s")
+    assert {"s/a.txt", f"{manifest.folder}/a.txt"} <= objects(state)
+    state.clear("s/stages")
+    state.clear("s/never")
+    assert not state.names("s/stages") and not any(path.startswith("s/stages/") for path in objects(state))
+    assert state.find("s/stages.other") and state.find("s/result") == manifest and "s/a.txt" in objects(state)
+
+
 def test_annotate_adds_facts_and_keeps_the_rest(state):
     before = write(state, "x", "a", "in", {"rows": 1, "auc": None})
     after = state.annotate("x", {"auc": 0.5, "status": "kept"})

@@ -54,7 +54,7 @@ def _train(training: trainer.Training, _plan: cluster.Plan) -> SimpleNamespace:
     """A trainer whose worker is this process."""
     shards = {}
     if training.train_stream:
-        shards = {"train": training.train_stream(0), "valid": training.valid_stream()}
+        shards = {"train": training.train_stream(0), "valid": training.valid_stream and training.valid_stream()}
 
     def fit() -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,7 @@ def one_process(registered: bool = False) -> Iterator[None]:
         return (function(*call) for call in calls)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("ingest", "stages.elec", "tokens"):
+        for module in ("ingest", "stages.clickprompt", "stages.elec", "tokens"):
             patch.setattr(f"raycluster.{module}.in_parallel", in_order)
         patch.setattr("raycluster.ingest.stream", Stream)
         patch.setattr("raycluster.encoder._encode", _encode)

@@ -57,7 +57,7 @@ def first_day(ray_cluster, options) -> dict:
 
 def test_the_report_compares_all_three_on_the_same_rows(first_day, options):
     assert list(first_day["models"]) == [*MODELS, "best"]
-    stages = ["backbone", "tokens", "pretrain", "without_plm", "with_plm", "evaluate", "inference"]
+    stages = ["tokens", "pretrain", "without_plm", "backbone", "with_plm", "evaluate", "inference"]
     assert list(first_day["stages"]) == stages
     assert all(stage["seconds"] > 0 and stage["rows"] > 0 for stage in first_day["stages"].values())
     scored = pq.read_table(State(options.state).local(f"runs/{FIRST}/evaluate") / "predictions.parquet")

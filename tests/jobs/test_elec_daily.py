@@ -73,7 +73,7 @@ def test_the_report_compares_all_four_on_the_same_rows(first_day, options):
     for model in first_day["models"].values():
         for metric in ("auc", "log_loss", "gauc", "auc_cold", "log_loss_cold", "calibration_error"):
             assert 0 < model[metric] < 3
-    assert list(first_day["stages"]) == ["encode", "m_llm", "represent", "backbone", "distill", "evaluate"]
+    assert list(first_day["stages"]) == ["encode", "m_llm", "represent", "distill", "backbone", "evaluate"]
     assert all(stage["seconds"] > 0 and stage["rows"] > 0 for stage in first_day["stages"].values())
     scored = pq.read_table(State(options.state).local(f"runs/{FIRST}/evaluate") / "predictions.parquet")
     assert scored.num_rows == first_day["rows"]["test"] == 300
@@ -266,7 +266,7 @@ def test_without_text_no_stage_of_the_language_model_runs(options, monkeypatch):
     monkeypatch.setattr(JOB, "read_log", lambda *_, **__: SimpleNamespace(train=(), output=None))
     day = SimpleNamespace(previous=None, schema=SCHEMA, window=None, earlier=lambda _part: None)
     JOB.elec(day, replace(options, distill=DistillConfig(without_text=True)))
-    assert [name for name, _ in called] == ["train_click", "distill", "release"] and called[1][1][2] is None
+    assert [name for name, _ in called] == ["distill", "train_click", "release"] and called[0][1][2] is None
     assert list(evaluated) == ["backbone", "gain", "vanilla", "beside"] and evaluated["beside"] is None
     assert list(called[2][1][2]) == ["elec"] and set(called[2][1][4]) == {"representation", "backbone"}
     with pytest.raises(UserError, match="text.leave_out: 'genre': did you mean"):

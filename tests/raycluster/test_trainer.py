@@ -16,7 +16,7 @@ from ctrdist.group import Group
 from ctrdist.loop import LoopConfig
 from ctrdist.losses import global_mean
 from ctrdist.tasks import Task
-from raycluster.cluster import make_plan
+from raycluster.cluster import Plan, make_plan, plan_trials
 from raycluster.trainer import Training, train
 
 
@@ -95,7 +95,7 @@ def test_one_worker_two_workers_and_a_death_end_alike(ray_cluster, state, capsys
     assert (state / "died").exists() and "a training worker died; going on" in capsys.readouterr().out
     torch.testing.assert_close(weights(state, alone), weights(state, both), rtol=0, atol=1e-12)
     assert both.facts["workers"] == 2 and both.facts["losses"][-1][0] == 10
-    assert not list(state.glob("two.checkpoint*"))
+    assert not list(state.glob("two.checkpoint*")) and not list(state.glob("*.ray"))
 
 
 def test_what_a_worker_finds_wrong_reaches_the_user(ray_cluster, state):
@@ -128,3 +128,11 @@ def test_plans_divide_every_batch(ray_cluster):
 def test_more_workers_than_room(ray_cluster):
     with pytest.raises(UserError, match="--workers 9"):
         make_plan(9)
+
+
+def test_trainings_at_a_time_share_the_cluster(ray_cluster):
+    assert plan_trials() == (Plan(1, 0, 0.25, 2), 1)  # two CPUs are room for one
+    assert plan_trials(1, {}, at_once=2) == (Plan(1, 0, 0.25, 1), 2)
+    assert plan_trials(2) == (Plan(2, 0, 0.25, 1), 1)
+    with pytest.raises(UserError, match="--sweep.at-once 2: 4 workers, and the cluster has 2 CPUs; at most 1"):
+        plan_trials(2, {}, at_once=2)

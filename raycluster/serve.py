@@ -1,0 +1,309 @@
+"""A released model behind HTTP, by Ray Serve: requests in batches, and a new champion without a request dropped.
+
+One request is a user, a context and the candidates; its answer has a probability for each of them, in their order:
+
+    {"user": {"user_id": "u1"}, "context": {"hour": 9}, "history": ["i3", "i7"], "candidates": ["i1", "i2"]}
+    {"probabilities": [0.12, 0.07], "version": "4"}
+
+A replica looks every few seconds which version the registry's alias names. A new one is loaded beside the one that
+serves, which then gives way: requests that came before are answered by it, those that come after by the new one.
+"""
+
+import asyncio
+import logging
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from ray import serve
+from ray.util.metrics import Counter, Gauge, Histogram
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from ctrdist.errors import UserError
+from ctrdist.schema import HISTORY, ITEM_ID
+from ctrdist.serving.model import DESCRIPTION, ServedModel
+from ctrdist.storage import fingerprint
+from raycluster.mlflow_server import masked, mlflow_quiet
+
+log = logging.getLogger("ray.serve")
+
+PARTS = ("user", "context", "history", "candidates")
+SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+
+
+class Model(Protocol):
+    """What scores rows: a release."""
+
+    columns: list[str]
+
+    def predict(self, rows: pa.Table) -> np.ndarray:
+        """Click probabilities, float32 [n]."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What is served: `models:/NAME@ALIAS` as the alias moves, `models:/NAME/VERSION`, or the folder of a release.
+
+    Args:
+        model: one of these.
+        tracking_uri: MLflow's server or database.
+    """
+
+    model: str
+    tracking_uri: str = ""
+
+    def current(self) -> str:
+        """The version to serve now; `folder` of a folder.
+
+        Raises:
+            UserError: there is no such folder, model, alias or version.
+        """
+        if not self.model.startswith("models:/"):
+            if not any(Path(self.model).rglob(DESCRIPTION)):
+                raise UserError(f"--model {self.model}: no release; name the folder of one, or models:/NAME@champion")
+            return "folder"
+        name, at, alias = self.name.partition("@")
+        with mlflow_quiet() as mlflow:
+            client = mlflow.MlflowClient(self.tracking_uri)
+            try:
+                if at:
+                    return str(client.get_model_version_by_alias(name, alias).version)
+                return str(client.get_model_version(name, self.model.rsplit("/", 1)[1]).version)
+            except mlflow.exceptions.MlflowException as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(f"--model {self.model}: {reason} ({masked(self.tracking_uri)})") from None
+
+    @property
+    def name(self) -> str:
+        """Of the registered model, with its alias."""
+        return self.model.removeprefix("models:/").split("/")[0]
+
+    def fetch(self, version: str) -> Path:
+        """A local folder with a version's release, downloaded once a machine."""
+        if version == "folder":
+            return release_in(Path(self.model))
+        name = self.name.partition("@")[0]
+        with mlflow_quiet() as mlflow:
+            client = mlflow.MlflowClient(self.tracking_uri)
+            about = client.get_model_version(name, version)
+            # `models:/NAME/VERSION` itself would be looked for in the registry of the environment.
+            files = client.get_model_version_download_uri(name, version)
+        cache = Path(tempfile.gettempdir()) / "ctrdist-cache"
+        made = about.run_id, about.creation_timestamp  # a database that was made anew counts from 1 again
+        folder = cache / fingerprint("served", masked(self.tracking_uri), name, version, *made)
+        if not folder.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
+            try:
+                with mlflow_quiet() as mlflow:
+                    mlflow.artifacts.download_artifacts(files, dst_path=str(partial), tracking_uri=self.tracking_uri)
+                partial.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another replica was faster
+                    raise
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        return release_in(folder)
+
+
+def release_in(folder: Path) -> Path:
+    """The release in a folder or below it, where MLflow puts it."""
+    return next(folder.rglob(DESCRIPTION)).parent
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that serves.
+
+    Args:
+        version: in the registry.
+        model: the release.
+    """
+
+    version: str
+    model: Model
+
+    def table(self, request: dict[str, Any]) -> pa.Table:
+        """A request as rows, one a candidate: the user's and the context's columns say the same in each.
+
+        Raises:
+            UserError: a part that is unknown or missing, or a field that the model needs.
+        """
+        unknown = sorted(set(request) - set(PARTS))
+        if unknown:
+            raise UserError(f"{', '.join(unknown)}: unknown; a request has {', '.join(PARTS)}")
+        candidates = request.get("candidates")
+        if not isinstance(candidates, list) or not candidates:
+            raise UserError("candidates: expected a list of item ids")
+        given = {**(request.get("user") or {}), **(request.get("context") or {}), HISTORY: request.get("history") or []}
+        optional = getattr(self.model, "optional", ())
+        columns, same = {}, pa.array(np.zeros(len(candidates), np.int32))
+        for name in self.model.columns:
+            if name == ITEM_ID:
+                columns[name] = pa.array(candidates)
+            elif name in given:
+                # An empty history has no type of its own: that of the items' ids.
+                type_ = pa.list_(columns.get(ITEM_ID, pa.array(candidates)).type) if name == HISTORY else None
+                columns[name] = pa.array([given[name]], type_).take(same)
+            elif name not in optional:
+                raise UserError(f"{name}: missing; the model needs it of the user or the context")
+        return pa.table(columns)
+
+    def score(self, tables: list[pa.Table]) -> list[np.ndarray | str]:
+        """Probabilities of each table's rows, those of like columns in one go; or what is wrong with a table."""
+        alike: dict[str, list[int]] = {}
+        for number, table in enumerate(tables):
+            alike.setdefault(table.schema.to_string(), []).append(number)
+        scores: list[np.ndarray | str] = [""] * len(tables)
+        for numbers in alike.values():
+            try:
+                together = self.model.predict(pa.concat_tables([tables[number] for number in numbers]))
+            except Exception as error:
+                if len(numbers) > 1:  # one of them is to blame
+                    each = [self.score([tables[number]])[0] for number in numbers]
+                else:
+                    each = [str(error) or type(error).__name__]
+            else:
+                each = np.split(together, np.cumsum([tables[number].num_rows for number in numbers])[:-1])
+            for number, one in zip(numbers, each, strict=True):
+                scores[number] = one
+        return scores
+
+
+@serve.deployment(health_check_period_s=10)
+class Ranker:
+    """A replica: scores batches of requests with the version that it has, and gets the next one beside that.
+
+    Args:
+        source: of the model.
+        load: a release's folder -> the model.
+        poll_seconds: between two looks at the alias.
+        batch_requests: most requests that are scored in one go.
+        batch_wait_ms: how long the first of them waits for others.
+        threads: of PyTorch.
+    """
+
+    def __init__(
+        self,
+        source: Registered,
+        load: Callable[[Path], Model] = ServedModel,
+        poll_seconds: float = 10.0,
+        batch_requests: int = 16,
+        batch_wait_ms: float = 2.0,
+        threads: int = 1,
+    ) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.source, self.load, self.poll_seconds = source, load, poll_seconds
+        self.score.set_max_batch_size(batch_requests)
+        self.score.set_batch_wait_timeout_s(batch_wait_ms / 1000)
+        self.latency = Histogram("ctr_request_seconds", "From a request's arrival to its answer.", SECONDS)
+        self.candidates = Counter("ctr_candidates", "Candidates scored.")
+        self.version = Gauge("ctr_model_version", "Version of the registered model that serves.")
+        self.failures = Counter("ctr_swap_failures", "Versions that could not be loaded, and looks that failed.")
+        self.loaded = self.get(source.current())
+        self.watcher = threading.Thread(target=self.watch, name="champion", daemon=True)
+        self.watcher.start()
+
+    def get(self, version: str) -> Loaded:
+        """A version, loaded."""
+        loaded = Loaded(version, self.load(self.source.fetch(version)))
+        if version.isdigit():
+            self.version.set(int(version))
+        return loaded
+
+    def watch(self) -> None:
+        """Follows the alias; what serves goes on serving while the next version is loaded, or cannot be."""
+        while True:
+            time.sleep(self.poll_seconds)
+            try:
+                version = self.source.current()
+                if version != self.loaded.version:
+                    began, before = time.monotonic(), self.loaded.version
+                    self.loaded = self.get(version)
+                    seconds = time.monotonic() - began
+                    log.info("version %s serves in place of %s, loaded in %.1f s", version, before, seconds)
+            except Exception as error:  # the registry is away, or a version is broken: look again
+                self.failures.inc()
+                log.warning("version %s goes on serving: %s", self.loaded.version, error)
+
+    def check_health(self) -> None:
+        """Raises where nothing follows the alias any more: Ray Serve then starts another replica."""
+        if not self.watcher.is_alive():
+            raise RuntimeError("the thread that follows the alias has ended")
+
+    async def __call__(self, request: Request) -> JSONResponse:
+        """Answers a request; a GET tells what serves."""
+        began = time.monotonic()
+        if request.method == "GET":
+            return JSONResponse({"model": self.source.model, "version": self.loaded.version})
+        try:
+            content = await request.json()
+            if not isinstance(content, dict):
+                raise UserError(f"expected an object with {', '.join(PARTS)}")
+            loaded = self.loaded
+            table = loaded.table(content)
+        except (ValueError, TypeError, pa.ArrowException) as error:  # not JSON, or not what it should hold
+            return JSONResponse({"error": str(error)}, status_code=400)
+        scores, version = await self.score((loaded, table))
+        if isinstance(scores, str):
+            return JSONResponse({"error": scores}, status_code=400)
+        self.candidates.inc(table.num_rows)
+        self.latency.observe(time.monotonic() - began)
+        return JSONResponse({"probabilities": scores.tolist(), "version": version})
+
+    @serve.batch
+    async def score(self, requests: list[tuple[Loaded, pa.Table]]) -> list[tuple[np.ndarray | str, str]]:
+        """Scores of each request, by the version that served when it came, and that version.
+
+        A thread computes, so that the next batch can gather meanwhile.
+        """
+        answers: list[tuple[np.ndarray | str, str]] = [("", "")] * len(requests)
+        for version in dict.fromkeys(loaded for loaded, _ in requests):
+            numbers = [number for number, (loaded, _) in enumerate(requests) if loaded is version]
+            scores = await asyncio.to_thread(version.score, [requests[number][1] for number in numbers])
+            for number, score in zip(numbers, scores, strict=True):
+                answers[number] = score, version.version
+        return answers
+
+
+def start(
+    source: Registered,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    replicas: int = 1,
+    threads: int = 1,
+    poll_seconds: float = 10.0,
+    batch_requests: int = 16,
+    batch_wait_ms: float = 2.0,
+    load: Callable[[Path], Model] = ServedModel,
+) -> None:
+    """Start Ray Serve on the connected cluster; returns when all replicas answer. Arguments as `Ranker`'s."""
+    serve.start(http_options={"host": host, "port": port}, logging_config={"enable_access_log": False})
+    log.setLevel(logging.WARNING)  # of this process: the job says itself what serves
+    ranker = Ranker.options(
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": threads},
+        max_ongoing_requests=4 * batch_requests,  # of which one batch is scored while the next one gathers
+    )
+    bound = ranker.bind(source, load, poll_seconds, batch_requests, batch_wait_ms, threads)
+    serve.run(bound, name="ctr", route_prefix="/")
+
+
+def wait() -> None:
+    """Returns at Ctrl-C or SIGTERM, with Ray Serve shut down."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+    serve.shutdown()
