@@ -106,7 +106,7 @@ class ServedModel:
         self.ids = Ids.load(folder / CATALOG)
         self.items = mapped(folder / ITEMS)
         self.tables = {field.name: mapped(folder / TABLES / f"{field.name}.npy") for field in self.fields}
-        self.known = {
+        self.latest = {
             field.name: load_column(folder / USERS, field.name, field.kind == MULTI)
             for field in self.fields
             if field.name in about["users"]
@@ -123,7 +123,7 @@ class ServedModel:
     def optional(self) -> list[str]:
         """Those of them that may be left out: the user's fields are then the latest that the release knows of the user,
         and the history is empty."""
-        return [name for name in self.columns if name in self.known or name == HISTORY]
+        return [name for name in self.columns if name in self.latest or name == HISTORY]
 
     def predict(self, rows: pa.Table) -> np.ndarray:
         """Click probabilities, float32 [n], of rows of raw ids; columns that are not among `columns` are left aside.
@@ -177,7 +177,7 @@ class ServedModel:
                 values = rows[field.name].combine_chunks()
                 fields[field.name] = encode_field(values, field, self.encoders[field.name])
             else:
-                fields[field.name] = take(self.known[field.name], fields[USER_ID])
+                fields[field.name] = take(self.latest[field.name], fields[USER_ID])
         history = np.zeros((rows.num_rows, self.history_length), np.int32)
         if HISTORY in rows.column_names and self.history_length:
             history = recent_rows(rows[HISTORY].combine_chunks(), self.ids, self.history_length)
