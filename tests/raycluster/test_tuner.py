@@ -99,6 +99,7 @@ def options(small_log, tmp_path_factory) -> CheapOptions:
 def swept(ray_cluster, options) -> str:
     """What a sweep printed that was cut off by Ctrl-C in its second trial and run again."""
     started, out = Sweep.started, io.StringIO()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a training leaves a handler of Ray Train's behind
 
     def started_and_cut_off(self: Sweep, trial: Trial) -> None:
         started(self, trial)
