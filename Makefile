@@ -8,7 +8,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev,offline]'
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev,offline,serve]'
 	touch $@
 
 demo: install
