@@ -41,6 +41,7 @@ class DayOptions:
         max_bad_fraction: largest share of bad rows that the job goes on with.
         tracking_uri: MLflow's server or database; SQLite in the state if not given.
         experiment: name of the MLflow experiment and of the registered model.
+        plan: how the cluster's resources are shared out, and what to wait for on one that grows by itself.
         config: YAML file of options; `ctr.yaml` in the working folder is read if it is there.
     """
 
@@ -59,6 +60,7 @@ class DayOptions:
     max_bad_fraction: float = 0.01
     tracking_uri: str | None = None
     experiment: str = "cela"
+    plan: cluster.PlanConfig = field(default_factory=cluster.PlanConfig)
     config: str | None = None
 
     job = ""
@@ -72,6 +74,10 @@ class DayOptions:
         """Rows of a global batch, by option: what the number of workers must divide."""
         return {}
 
+    def encoding(self) -> tuple[int, float]:
+        """Processes that encode texts at most, 0 for what there is room for; and the share of a GPU of each."""
+        return 0, 1.0
+
     def shown(self) -> dict:
         """All options, as they may be seen: without a password in `tracking_uri`."""
         return to_dict(replace(self, tracking_uri=self.tracking_uri and masked(self.tracking_uri)))
@@ -79,7 +85,7 @@ class DayOptions:
     def result(self) -> dict:
         """The options that change the result."""
         outside = ("data", "state", "date", "workers", "tracking_uri", "experiment", "config", "max_bad_fraction")
-        outside += ("keep_releases",)
+        outside += ("keep_releases", "plan")
         return {name: value for name, value in to_dict(self).items() if name not in outside}
 
 
@@ -147,7 +153,11 @@ class Day:
                 self.schema.save(folder / "schema.yaml")
         self.tracker = Tracker.open(self.options.tracking_uri, self.state.uri, self.options.experiment)
         cluster.connect()
-        self.plan = cluster.make_plan(self.options.workers, self.options.batch_sizes())
+        self.plan = cluster.make_plan(
+            self.options.workers, self.options.batch_sizes(), *self.options.encoding(), self.options.plan
+        )
+        for line in self.plan.lines():
+            say(f"plan       {line}")
         labels = {"date": str(self.date), "options": fingerprint(self.options.result())}
         try:
             with self.tracker.run(str(self.date), params=self.options.shown(), tags=labels) as self.run_id:

@@ -123,7 +123,7 @@ def evaluate(
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         keep = (USER_ID, *filter(None, (day.schema.truth, written and PROBABILITY)))
-        stream = ingest.stream(reader, plan_pass(groups), keep=keep)
+        stream = ingest.stream(reader, plan_pass(groups), keep=keep, plan=day.plan)
         scored = stream.map_batches(
             Scorer,
             batch_size=4096,

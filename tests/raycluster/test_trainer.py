@@ -116,15 +116,3 @@ def test_a_death_after_the_last_checkpoint_is_no_obstacle(ray_cluster, state, ca
 
 def full_disk(task: Task, folder: Path) -> None:
     raise KeyError("the disk is full")
-
-
-def test_plans_divide_every_batch(ray_cluster):
-    assert make_plan(0, {"--ctr.batch-size": 1024}).workers == 2
-    assert make_plan(0, {"--ctr.batch-size": 1023}).workers == 1
-    with pytest.raises(UserError, match="--ctr.batch-size 1023: does not divide among 2 workers"):
-        make_plan(2, {"--ctr.batch-size": 1023})
-
-
-def test_more_workers_than_room(ray_cluster):
-    with pytest.raises(UserError, match="--workers 9"):
-        make_plan(9)
