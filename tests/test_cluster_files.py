@@ -140,7 +140,7 @@ def test_set_up_installs_the_project_from_the_lock(cluster, recorded, tmp_path, 
         "torch",
     ]
     whole = ["pip", "install", "--constraint", "requirements.lock", ".[offline]"]
-    assert calls == [*([] if gpu else [small]), whole, ["pip", "install", "boto3"]]
+    assert calls == [*([] if gpu else [small]), whole, ["pip", "install", "--constraint", "requirements.lock", "boto3"]]
     assert Path(lock).exists() and (tmp_path / "ctrdist" / "jobs" / "cela_daily.py").exists()
 
 
