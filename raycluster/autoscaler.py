@@ -19,7 +19,7 @@ def resources_for(wanted: list[dict[str, float]], seconds: float, every: float =
     needs = Counter()
     for piece in wanted:
         needs.update(piece)
-    began, told = time.monotonic(), None
+    began, asked, told = time.monotonic(), False, ""
     try:
         while True:
             resources = ray.cluster_resources()
@@ -27,7 +27,8 @@ def resources_for(wanted: list[dict[str, float]], seconds: float, every: float =
             missing = {name: number for name, number in missing.items() if number > 0}
             if not missing:
                 return resources
-            if told is None:
+            if not asked:
+                asked = True
                 request_resources(bundles=wanted)
             says = ", ".join(f"{number:g} {name}" for name, number in missing.items())
             if time.monotonic() - began >= seconds:
@@ -38,5 +39,5 @@ def resources_for(wanted: list[dict[str, float]], seconds: float, every: float =
                 told = says
             time.sleep(every)
     finally:
-        if told is not None:
+        if asked:
             request_resources(bundles=[])

@@ -62,6 +62,12 @@ def test_after_the_time_it_goes_on_with_what_has_come(growing, capsys):
     assert "warning: 2 GPU, 2 train have not come within 10 minutes; going on without\n" in capsys.readouterr().out
 
 
+def test_without_time_to_wait_nothing_is_left_asked(growing):
+    cluster = growing((60, DATA))
+    assert resources_for(WANTED, 0) == {"CPU": 0, "memory": 1}
+    assert cluster.requests == [WANTED, []] and cluster.now == 100
+
+
 def test_nothing_is_asked_where_all_is_there(growing, capsys):
     cluster = growing((0, DATA))
     cluster.asked_at = 0
