@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-cluster bench clean
+.PHONY: install demo test bench clean
 
 install: $(INSTALLED)
 
@@ -18,9 +18,6 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-
-test-cluster: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m cluster
 
 bench: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/run.py
