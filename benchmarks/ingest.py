@@ -170,7 +170,9 @@ def through_ray(reader: LogReader, groups: list, batch: int, workers: int) -> tu
     """The same by Ray Data, as the workers of a training get it; rows, seconds until the first batch, and in all."""
     began, rows = time.time(), sum(group.rows for group in groups)
     together, _ = ingest.deal(rows, batch * workers)
-    stream = ingest.stream(reader, plan_epoch(groups, batch * workers * together, None), batch * together)
+    stream = ingest.stream(
+        reader, plan_epoch(groups, batch * workers * together, None), batch * together, plan=cluster.make_plan()
+    )
     shares = InOrder().configure({"train": stream}, workers, None, None)
     calls = [(reader, own["train"], together) for own in shares]
     counts, first, last = zip(*cluster.in_parallel(consume, calls, cpus=0), strict=True)

@@ -107,12 +107,17 @@ class State:
 
     Args:
         uri: a local path, or a URI of a filesystem that pyarrow opens.
-        cache: local folder for copies of remote outputs.
+        cache: local folder for copies of remote outputs; one in each process' own folder of temporary files if None.
     """
 
     def __init__(self, uri: str | Path, cache: str | Path | None = None) -> None:
         self.uri = str(uri)
-        self.cache = Path(cache or Path(tempfile.gettempdir()) / "ctrdist-cache")
+        self._cache = cache
+
+    @property
+    def cache(self) -> Path:
+        """Local folder for copies of remote outputs."""
+        return Path(self._cache or Path(tempfile.gettempdir()) / "ctrdist-cache")
 
     @property
     def is_local(self) -> bool:

@@ -70,6 +70,10 @@ class CelaOptions(DayOptions):
         sizes = {"ctr": self.ctr.batch_size, "pretrain": self.pretrain.batch_size, "align": self.align.batch_size}
         return {f"--{name}.batch-size": size for name, size in sizes.items()}
 
+    def encoding(self) -> tuple[int, float]:
+        """Processes that encode texts at most, 0 for what there is room for; and the share of a GPU of each."""
+        return self.encode.encoders, self.encode.gpu_share
+
 
 def _suffix(number: int) -> str:
     """What the names of a round's stages end in."""

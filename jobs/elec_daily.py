@@ -73,6 +73,10 @@ class ElecOptions(DayOptions):
         """Rows of a global batch, by option."""
         return {"--ctr.batch-size": self.ctr.batch_size, "--m-llm.batch-size": self.m_llm.batch_size}
 
+    def encoding(self) -> tuple[int, float]:
+        """Processes that encode texts at most, 0 for what there is room for; and the share of a GPU of each."""
+        return self.encode.encoders, self.encode.gpu_share
+
     def source(self) -> Source:
         """The language model, as any process finds it."""
         name = self.lm.name

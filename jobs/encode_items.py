@@ -44,6 +44,7 @@ class EncodeOptions:
         lm: a Hugging Face name or a local folder.
         pooling: of the language model; `auto` takes its own.
         encode: how to encode.
+        plan: how the cluster's resources are shared out, and what to wait for on one that grows by itself.
         config: YAML file of options; `encode.yaml` in the working folder is read if it is there.
     """
 
@@ -55,6 +56,7 @@ class EncodeOptions:
     lm: str = "sentence-transformers/all-MiniLM-L6-v2"
     pooling: str = "auto"
     encode: EncodeConfig = field(default_factory=EncodeConfig)
+    plan: cluster.PlanConfig = field(default_factory=cluster.PlanConfig)
     config: str | None = None
 
     def check(self) -> None:
@@ -83,8 +85,10 @@ def run(options: EncodeOptions) -> None:
         return show(state, before)
     earlier = [before] if before else []
     report = Progress("encode", "texts").items
+    plan = cluster.make_plan(encoders=options.encode.encoders, gpu_share=options.encode.gpu_share, config=options.plan)
+    say(f"plan       {plan.lines()[1]}")
     show(state, encode_items(
-        state, TABLE, model, ITEMS, options.encode, cluster.make_plan(), inputs, previous=earlier, progress=report
+        state, TABLE, model, ITEMS, options.encode, plan, inputs, previous=earlier, progress=report
     ))  # fmt: skip
 
 

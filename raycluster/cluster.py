@@ -11,6 +11,40 @@ from typing import Any
 import psutil
 
 from ctrdist.errors import UserError
+from raycluster.autoscaler import resources_for
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What the cluster is for, where its resources alone do not say it.
+
+    Args:
+        cpus: CPUs to reckon with on a cluster that grows by itself, idle as it may be: they are asked of its
+            autoscaler, and waited for. 0 takes what is there.
+        gpus: GPUs to train on, to reckon with likewise.
+        train_on: custom resource of the GPU nodes that may train, as many of it as they have GPUs: each training
+            process holds one. Any GPU if not given.
+        wait_minutes: how long to wait for `cpus` and `gpus`; then the job goes on with what has come.
+        worker_cpus: CPUs that each training, encoding or scoring process reserves; 0 takes one, or a quarter where CPUs
+            are few.
+        threads: threads that each of them computes with; 0 shares the CPUs out.
+        readers: tasks that read the log at once; 0 takes as many as there are CPUs, and memory for.
+        reader_gib: memory that each of them reserves.
+    """
+
+    cpus: int = 0
+    gpus: int = 0
+    train_on: str = ""
+    wait_minutes: float = 20.0
+    worker_cpus: float = 0.0
+    threads: int = 0
+    readers: int = 0
+    reader_gib: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("cpus", "gpus", "wait_minutes", "worker_cpus", "threads", "readers", "reader_gib"):
+            if getattr(self, name) < 0:
+                raise UserError(f"plan.{name}: {getattr(self, name)} is under 0")
 
 
 @dataclass(frozen=True)
@@ -18,10 +52,15 @@ class Plan:
     """Who does what on this cluster.
 
     Args:
-        workers: processes that train one model together, one a GPU where there are GPUs; as many encode or score.
+        workers: processes that train one model together, one a GPU where there are GPUs; as many score.
         gpus: GPUs of each, 0 or 1.
         worker_cpus: CPUs that each of them reserves; what is left is Ray Data's.
         threads: threads that each of them computes with.
+        encoders: processes that encode at most.
+        encoder_gpus: GPUs of each, a share of one or 0.
+        readers: tasks that read the log at once at most.
+        reader_bytes: memory that each of them reserves.
+        train_on: custom resource that each training process holds one of; "" for none.
         cluster: what all nodes together have, by Ray's names (CPU, GPU, memory in bytes), and the number of `nodes`.
     """
 
@@ -29,7 +68,33 @@ class Plan:
     gpus: int
     worker_cpus: float
     threads: int
-    cluster: dict[str, float] = field(default_factory=dict)
+    encoders: int = 1
+    encoder_gpus: float = 0.0
+    readers: int = 1
+    reader_bytes: int = 0
+    train_on: str = ""
+    cluster: dict[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def worker_resources(self) -> dict[str, float]:
+        """What Ray reserves for each training process."""
+        return {"CPU": self.worker_cpus} | ({"GPU": self.gpus} if self.gpus else {}) | _one(self.train_on)
+
+    @property
+    def reader_resources(self) -> dict[str, float]:
+        """What Ray reserves for each task that reads the log, as its options call it."""
+        return {"num_cpus": 0.5} | ({"memory": self.reader_bytes} if self.reader_bytes else {})
+
+    def lines(self) -> tuple[str, str, str]:
+        """The plan, for people."""
+        device, where = (f"{self.gpus} GPU and " if self.gpus else ""), f" on '{self.train_on}'" * bool(self.train_on)
+        share = f"{self.encoder_gpus:g} GPU and " if self.encoder_gpus else ""
+        each = f"{self.worker_cpus:g} CPUs each"
+        return (
+            f"train    {self.workers} at once{where}, {device}{each}, {self.threads} threads",
+            f"encode   {self.encoders} at once, {share}{each}",
+            f"read     {self.readers} at once, {self.reader_bytes / 2**30:g} GiB each",
+        )
 
 
 def connect(object_store_bytes: int | None = None) -> None:
@@ -73,8 +138,14 @@ def spilled_bytes() -> int:
     return sum(node_stats(*node).store_stats.spilled_bytes_total for node in nodes)
 
 
-def make_plan(workers: int = 0, batch_sizes: dict[str, int] | None = None) -> Plan:
-    """A plan for the cluster's resources now.
+def make_plan(
+    workers: int = 0,
+    batch_sizes: dict[str, int] | None = None,
+    encoders: int = 0,
+    gpu_share: float = 1.0,
+    config: PlanConfig | None = None,
+) -> Plan:
+    """A plan for the cluster's resources now, or when its autoscaler has brought what `config` reckons with.
 
     Training workers reserve a small share of a CPU where CPUs are few, since Ray Data, which feeds them, waits for ever
     if it gets none.
@@ -82,30 +153,68 @@ def make_plan(workers: int = 0, batch_sizes: dict[str, int] | None = None) -> Pl
     Args:
         workers: how many train together; 0 takes as many as there is room for and as divide every batch.
         batch_sizes: rows of each global batch, by the option that sets it.
+        encoders: how many encode at most; 0 takes as many as there is room for on the nodes that are there.
+        gpu_share: share of a GPU that each of them reserves, where there are GPUs.
 
     Raises:
-        UserError: the cluster has fewer than two CPUs, fewer CPUs or GPUs than `workers`, or a batch does not divide.
+        UserError: the cluster is too small, says what is missing; or a batch does not divide.
     """
-    import ray
-
-    resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    config = config or PlanConfig()
+    resources = resources_for(_wanted(config), config.wait_minutes * 60)
+    cpus, gpus, memory = int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), resources.get("memory", 0)
+    places = int(min(gpus, resources.get(config.train_on, 0))) if config.train_on else gpus
     if cpus < 2:
-        raise UserError(f"the cluster has {cpus} CPUs for Ray to use; start it with --num-cpus of 2 or more")
-    room, kind = (gpus, "GPUs") if gpus else (cpus, "CPUs")
+        raise UserError(
+            f"the cluster has {cpus} CPUs for Ray to use, and needs 2: start it with --num-cpus of 2 or more, or, if "
+            "it grows by itself, say what to wait for with --plan.cpus, and --plan.gpus to train on GPUs"
+        )
+    if (config.gpus or config.train_on) and not places:
+        of = f" of nodes with the resource '{config.train_on}'" if config.train_on else ""
+        raise UserError(
+            f"--plan.gpus {config.gpus}: the cluster has no GPU{of} to train on; `ray status` says why none came "
+            "(quota, no capacity); wait longer with --plan.wait-minutes, or leave --plan.gpus and --plan.train-on out"
+        )
+    workers = _count_workers(workers, places or cpus, "GPUs" if gpus else "CPUs", batch_sizes or {})
+    share = config.worker_cpus or (1.0 if cpus >= 4 * workers else 0.25)
+    if workers * share > cpus - 0.5:
+        raise UserError(
+            f"--plan.worker-cpus {share:g}: {workers} workers would leave less than half a CPU of {cpus} to read the "
+            "log; give less, or fewer --workers"
+        )
+    reader = int(config.reader_gib * 2**30)
+    fit = min(cpus, int(memory // reader)) if reader else cpus
+    if not (config.readers or fit):
+        raise UserError(
+            f"--plan.reader-gib {config.reader_gib:g}: Ray has {memory / 2**30:.1f} GiB of memory; give less"
+        )
+    return Plan(
+        workers,
+        1 if gpus else 0,
+        share,
+        config.threads or max(1, cpus // workers),
+        encoders=encoders or (int(gpus * int(1 / gpu_share)) if gpus else workers),
+        encoder_gpus=gpu_share if gpus else 0.0,
+        readers=config.readers or fit,
+        reader_bytes=reader,
+        train_on=config.train_on,
+        cluster=_has(resources),
+    )
+
+
+def _has(resources: dict[str, float]) -> dict[str, float]:
+    nodes = sum(name.startswith("node:") and "internal" not in name for name in resources)
+    return {name: resources[name] for name in ("CPU", "GPU", "memory") if name in resources} | {"nodes": nodes}
+
+
+def _count_workers(workers: int, room: int, kind: str, sizes: dict[str, int]) -> int:
+    """How many train together: `workers`, or, if that is 0, the most that divide every batch; on CPUs, of a quarter."""
     if not 0 <= workers <= room:
         raise UserError(f"--workers {workers}: the cluster has {room} {kind}; 0 to {room} workers")
-    sizes = batch_sizes or {}
     for option, size in sizes.items():
         if size < 1 or (workers and size % workers):
             raise UserError(f"{option} {size}: does not divide among {workers or 1} workers; choose a multiple")
-    if not workers:
-        most = gpus or max(2, cpus // 4)
-        workers = max(n for n in range(1, most + 1) if all(size % n == 0 for size in sizes.values()))
-    share = 1.0 if cpus >= 4 * workers else 0.25
-    has = {name: resources[name] for name in ("CPU", "GPU", "memory") if name in resources}
-    has["nodes"] = sum(node["Alive"] for node in ray.nodes())
-    return Plan(workers, 1 if gpus else 0, share, max(1, cpus // workers), has)
+    most = room if kind == "GPUs" else max(2, room // 4)
+    return workers or max(n for n in range(1, most + 1) if all(size % n == 0 for size in sizes.values()))
 
 
 def plan_trials(workers: int = 0, batch_sizes: dict[str, int] | None = None, at_once: int = 0) -> tuple[Plan, int]:
@@ -132,7 +241,18 @@ def plan_trials(workers: int = 0, batch_sizes: dict[str, int] | None = None, at_
     at_once = at_once or max(1, (gpus or cpus // 4) // plan.workers)
     busy = at_once * plan.workers
     share = 1.0 if cpus >= 4 * busy else 0.25
-    return replace(plan, worker_cpus=share, threads=max(1, cpus // busy)), at_once
+    readers = max(1, plan.readers // at_once)
+    return replace(plan, worker_cpus=share, threads=max(1, cpus // busy), readers=readers), at_once
+
+
+def _wanted(config: PlanConfig) -> list[dict[str, float]]:
+    """What the autoscaler is asked for, in pieces that each fit on a node."""
+    gpu = {"GPU": 1} | _one(config.train_on)
+    return [{"CPU": 1}] * config.cpus + [gpu] * config.gpus
+
+
+def _one(resource: str) -> dict[str, float]:
+    return {resource: 1} if resource else {}
 
 
 def in_parallel(

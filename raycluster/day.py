@@ -51,6 +51,7 @@ class DayOptions:
             serve the exported graph, at about half the speed.
         promote: let the gate decide whether the new version becomes champion; without it, it stays challenger.
         gate: what the new version may lose to the champion.
+        plan: how the cluster's resources are shared out, and what to wait for on one that grows by itself.
         config: YAML file of options; `ctr.yaml` in the working folder is read if it is there.
     """
 
@@ -73,6 +74,7 @@ class DayOptions:
     compile_release: bool = True
     promote: bool = True
     gate: GateConfig = field(default_factory=GateConfig)
+    plan: cluster.PlanConfig = field(default_factory=cluster.PlanConfig)
     config: str | None = None
 
     job = ""
@@ -88,6 +90,10 @@ class DayOptions:
         """Rows of a global batch, by option: what the number of workers must divide."""
         return {}
 
+    def encoding(self) -> tuple[int, float]:
+        """Processes that encode texts at most, 0 for what there is room for; and the share of a GPU of each."""
+        return 0, 1.0
+
     def shown(self) -> dict:
         """All options, as they may be seen: without a password in `tracking_uri`."""
         return to_dict(replace(self, tracking_uri=self.tracking_uri and masked(self.tracking_uri)))
@@ -95,7 +101,7 @@ class DayOptions:
     def result(self) -> dict:
         """The options that change the result."""
         outside = ("data", "state", "date", "workers", "tracking_uri", "experiment", "config", "max_bad_fraction")
-        outside += ("keep_releases", "model_name", "compile_release", "promote", "gate")
+        outside += ("keep_releases", "model_name", "compile_release", "promote", "gate", "plan")
         return {name: value for name, value in to_dict(self).items() if name not in outside}
 
 
@@ -171,7 +177,11 @@ class Day:
         self.claim_state()
         self.tracker = Tracker.open(self.options.tracking_uri, self.state.uri, self.options.experiment)
         cluster.connect()
-        self.plan = cluster.make_plan(self.options.workers, self.options.batch_sizes())
+        self.plan = cluster.make_plan(
+            self.options.workers, self.options.batch_sizes(), *self.options.encoding(), self.options.plan
+        )
+        for line in self.plan.lines():
+            say(f"plan       {line}")
         labels = {"date": str(self.date), "options": fingerprint(self.options.result())}
         about = {
             "code": code_version(),

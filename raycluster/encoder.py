@@ -117,11 +117,10 @@ def _encode(
     work: Work, state: State, shards: str, model: Source, config: EncodeConfig, plan: Plan
 ) -> Iterator[tuple[int, str]]:
     """Encode texts into shards of the state; yields the number of texts and the device of each, as it is written."""
-    most = config.encoders or plan.workers * (int(1 / config.gpu_share) if plan.gpus else 1)
     size = config.shard_items or (16384 if plan.gpus else 1024)
-    size = min(size, -(-len(work) // (4 * most)))  # some for each encoder, so that they end together
+    size = min(size, -(-len(work) // (4 * plan.encoders)))  # some for each encoder, so that they end together
     count = -(-len(work) // size)
-    most = min(most, count)
+    most = min(plan.encoders, count)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = False
     encoded = (
@@ -135,7 +134,7 @@ def _encode(
             # Begins with all that there is room for, and lets go of them as shards run out.
             compute=ActorPoolStrategy(min_size=1, max_size=most, initial_size=most, max_tasks_in_flight_per_actor=2),
             num_cpus=plan.worker_cpus,
-            num_gpus=config.gpu_share if plan.gpus else None,
+            num_gpus=plan.encoder_gpus or None,
             fn_constructor_kwargs={
                 "model": model,
                 "config": config,

@@ -24,7 +24,7 @@ from ctrdist.schema import USER_ID, Schema
 from ctrdist.serving.ragged import Column
 from ctrdist.storage import State
 from ctrdist.users import latest, latest_values, read_users, user_fields
-from raycluster.cluster import in_parallel
+from raycluster.cluster import Plan, in_parallel
 
 
 @dataclass(frozen=True)
@@ -107,37 +107,33 @@ def deal(rows: int, batch_size: int, most: int = BATCHES_A_BLOCK) -> tuple[int, 
     return together, together * blocks_
 
 
-ASKS = {"num_cpus": 0.5}
-"""What a task of the stream asks of the cluster."""
-
-
-def readers() -> int:
-    """How many tasks of a stream run at once: as many as there are cores. More hold more memory and read no faster."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
-
-
-def stream(reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tuple[str, ...] = ()) -> ray.data.Dataset:
+def stream(
+    reader: LogReader, chunks: list[Chunk], block_rows: int = 0, keep: tuple[str, ...] = (), *, plan: Plan
+) -> ray.data.Dataset:
     """The chunks' rows, encoded, in the chunks' order.
 
     Args:
         block_rows: cut each chunk into blocks of this many rows; 0 leaves a block a chunk.
+        plan: how many tasks read at once, and what each reserves. More than there are cores hold more memory and read
+            no faster.
     """
-    plan = ray.put(chunks)
+    shared = ray.put(chunks)
 
     def read(batch: dict[str, np.ndarray]) -> pa.Table:
         (number,) = batch["id"]
-        return reader.read(ray.get(plan)[int(number)], keep)
+        return reader.read(ray.get(shared)[int(number)], keep)
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    numbers, tasks = ray.data.range(len(chunks), override_num_blocks=len(chunks)), ray.data.TaskPoolStrategy(readers())
-    dataset = numbers.map_batches(read, batch_size=1, compute=tasks, **ASKS)
+    numbers = ray.data.range(len(chunks), override_num_blocks=len(chunks))
+    tasks, reserved = ray.data.TaskPoolStrategy(plan.readers), plan.reader_resources
+    dataset = numbers.map_batches(read, batch_size=1, compute=tasks, **reserved)
     if block_rows:
         dataset = dataset.repartition(target_num_rows_per_block=block_rows, strict=False)
         # The task that reads makes the cut too, if Ray fuses the two: operators that ask for the same, and of
         # `repartition` there is no other way to say so. Unfused it costs half as much again, and what is over 128 MiB
         # would be cut in between.
-        dataset._logical_plan.dag.ray_remote_args.update(ASKS)
+        dataset._logical_plan.dag.ray_remote_args.update(reserved)
         dataset._logical_plan.dag.compute.size = tasks.size
     return dataset
 

@@ -114,7 +114,6 @@ def _trainer(training: Training, plan: Plan) -> TorchTrainer:
         datasets["train"] = training.train_stream(epoch)
     if training.valid_stream:
         datasets["valid"] = training.valid_stream()
-    resources = {"CPU": plan.worker_cpus} | ({"GPU": plan.gpus} if plan.gpus else {})
     # Ray Train restores an earlier run of the same name; ours goes on from its own checkpoint.
     name = f"{training.inputs}-{time.time_ns()}"
     return TorchTrainer(
@@ -122,7 +121,9 @@ def _trainer(training: Training, plan: Plan) -> TorchTrainer:
         train_loop_config={"training": training},
         datasets=datasets,
         dataset_config=InOrder(),
-        scaling_config=ScalingConfig(num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=plan.worker_resources
+        ),
         run_config=RunConfig(name=name, storage_path=State(training.state).path(training.notes)),
     )
 

@@ -45,7 +45,8 @@ class EncodeConfig:
             where there are GPUs.
         precision: what is computed in; `auto` is bfloat16 where the chip computes in it, else float32.
         table: type of the numbers in the text table.
-        encoders: processes that encode at most, where the cluster has room for them; 0 takes as many as train.
+        encoders: processes that encode at most; 0 takes as many as there is room for as the job starts. A cluster that
+            grows by itself grows for them.
         gpu_share: share of a GPU that each of them reserves, where there are GPUs: 0.5 puts two on one.
     """
 

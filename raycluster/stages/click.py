@@ -17,6 +17,7 @@ from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, table_sizes
 from ctrdist.text_table import TextTableFacts, load_text_table
 from raycluster import ingest
+from raycluster.cluster import Plan
 from raycluster.day import Day
 from raycluster.ingest import LogReader
 from raycluster.stages.read import Days, Read
@@ -109,7 +110,7 @@ def train_on_log(
     """
     rows, seed, batch = read.total(days), day.options.seed, config.batch_size
     training_groups, validation_groups = read.groups(days), read.groups(day.window.valid)
-    share = batch // day.plan.workers
+    plan, share = day.plan, batch // day.plan.workers
     most = ingest.BATCHES_A_BLOCK
     if order == "chronological":  # a block's batches are of its rows in any order: no more than a day's
         most = max(1, min(most, min(read.total((d,)) for d in days) // batch))
@@ -132,15 +133,25 @@ def train_on_log(
             loop=loop,
             batch_size=batch,
             train_stream=partial(
-                _train_stream, reader, training_groups, order, batch * together, share * together, seed, epochs
+                _train_stream,
+                reader,
+                training_groups,
+                order,
+                batch * together,
+                share * together,
+                seed,
+                epochs,
+                plan=plan,
             ),
             batches_a_block=together,
-            valid_stream=partial(_valid_stream, reader, validation_groups, 8 * max(share, 1024)) if validated else None,
+            valid_stream=partial(_valid_stream, reader, validation_groups, 8 * max(share, 1024), plan)
+            if validated
+            else None,
             facts={"rows": rows, "epochs": epochs, "read": read.output.name},
             metrics=metrics_file,
             **parts,
         )
-        return train(training, day.plan)
+        return train(training, plan)
 
     return day.stage(stage, inputs, make)
 
@@ -205,12 +216,13 @@ def _train_stream(
     seed: int,
     epochs: int,
     first: int,
+    plan: Plan,
 ):
     """The rows of the epochs from `first` on, in blocks of one worker's; `dealt` rows go round all workers once."""
     by_day = order == "chronological"
     chunks = [chunk for epoch in range(first, epochs) for chunk in plan_epoch(groups, dealt, (seed, epoch), by_day)]
-    return ingest.stream(reader, chunks, block_rows)
+    return ingest.stream(reader, chunks, block_rows, plan=plan)
 
 
-def _valid_stream(reader: LogReader, groups: list, block_rows: int):
-    return ingest.stream(reader, plan_pass(groups), block_rows)
+def _valid_stream(reader: LogReader, groups: list, block_rows: int, plan: Plan):
+    return ingest.stream(reader, plan_pass(groups), block_rows, plan=plan)

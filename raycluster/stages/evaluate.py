@@ -118,7 +118,7 @@ def score(
     chunks, arguments = plan_pass(groups), {"reader": reader, "threads": plan.threads, **arguments}
     if sum(group.rows for group in groups) <= FEW_ROWS and not (gpus or reader.tokens):
         return _score_here(reader, chunks, keep, partial(actor, **arguments))
-    scored = ingest.stream(reader, chunks, keep=keep).map_batches(
+    scored = ingest.stream(reader, chunks, keep=keep, plan=plan).map_batches(
         actor,
         batch_size=BATCH_ROWS,
         batch_format="pyarrow",

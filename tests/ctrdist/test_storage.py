@@ -13,9 +13,29 @@ from ctrdist.group import Group
 from ctrdist.storage import State, filesystem, fingerprint
 
 
-@pytest.fixture(params=["local", "file://", "remote"])
+@pytest.fixture(scope="module")
+def s3():
+    """URI of a bucket of an S3 server in this process, which pyarrow reaches by HTTP as it would Amazon's."""
+    server = pytest.importorskip("moto.server", reason="moto, of the extra dev, is not installed")
+    running = server.ThreadedMotoServer(port=0, verbose=False)
+    running.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*running.get_host_and_port()))
+        files, _ = fs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
+        files.create_dir("bucket")
+        yield "s3://bucket"
+    running.stop()
+
+
+@pytest.fixture(params=["local", "file://", "remote", "s3"])
 def state(request, tmp_path, monkeypatch) -> State:
-    """A state in a folder, under a URI, and on a filesystem that is not this machine's (Arrow's in memory)."""
+    """A state in a folder, under a URI, on a filesystem that is not this machine's (Arrow's in memory), and on S3."""
+    if request.param == "s3":
+        return State(f"{request.getfixturevalue('s3')}/{tmp_path.name}", tmp_path / "cache")
     if request.param == "local":
         return State(tmp_path / "state", tmp_path / "cache")
     if request.param == "file://":

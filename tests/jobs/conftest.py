@@ -1,10 +1,13 @@
 """A daily job in one process: loops in place of Ray and MLflow, for what depends on neither."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cloudpickle
 import pyarrow as pa
 import pytest
 
@@ -14,11 +17,15 @@ from ctrdist.language.tokenizer import tokens_to_arrow
 from raycluster import cluster, trainer
 from raycluster.tokens import tokens_of
 
+ROOT = Path(__file__).parents[2]
+
 
 class Stream:
     """What `raycluster.ingest.stream` gives, read as it is asked for."""
 
-    def __init__(self, reader: Any, chunks: list, block_rows: int = 0, keep: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, reader: Any, chunks: list, block_rows: int = 0, keep: tuple[str, ...] = (), plan: Any = None
+    ) -> None:
         self.tables = lambda: _cut((reader.read(chunk, keep) for chunk in chunks), block_rows)
 
     def map_batches(self, actor: type, fn_constructor_kwargs: dict[str, Any], **_options: Any) -> "Stream":
@@ -50,8 +57,16 @@ class NoTracker:
         return lambda *_, **__: None
 
 
+def assert_names_no_path_of_ours(sent: Any) -> None:
+    """What goes to workers on other machines names neither this checkout nor this Python's libraries."""
+    pickled = cloudpickle.dumps(sent)
+    for folder in (str(ROOT), sys.prefix):
+        assert folder.encode() not in pickled, folder
+
+
 def _train(training: trainer.Training, _plan: cluster.Plan) -> SimpleNamespace:
     """A trainer whose worker is this process."""
+    assert_names_no_path_of_ours(training)
     shards = {}
     if training.train_stream:
         shards = {"train": training.train_stream(0), "valid": training.valid_stream and training.valid_stream()}
@@ -68,6 +83,7 @@ def _train(training: trainer.Training, _plan: cluster.Plan) -> SimpleNamespace:
 
 
 def _encode(work: Any, state: Any, shards: str, model: Any, config: Any, plan: cluster.Plan) -> Iterator:
+    assert_names_no_path_of_ours((work, model, config))
     encoder = ShardEncoder(model, config, state.uri, shards, plan.threads)
     done = encoder(tokens_to_arrow(work.hashes, tokens_of(state.uri, work.texts, work.tokenizer, work.rows)))
     yield int(done["items"][0]), str(done["device"][0])

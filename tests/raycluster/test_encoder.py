@@ -27,7 +27,7 @@ from raycluster.tokens import Work
 ROOT = Path(__file__).parents[2]
 SCHEMA = Schema(user=(Field("user_id"),), item=(Field("item_id"),), text=("{text}",))
 CONFIG = EncodeConfig(max_length=16, shard_items=8, precision="float32", table="float32", tokens_per_batch=64)
-PLAN = Plan(workers=2, gpus=0, worker_cpus=0.25, threads=1)
+PLAN = Plan(workers=2, gpus=0, worker_cpus=0.25, threads=1, encoders=2)
 WORDS = "red blue old new long short funny sad film book story of the a and with war love dog cat".split()
 
 
@@ -173,7 +173,7 @@ def test_actors_that_die_are_replaced(through_ray, tiny_lm, tmp_path, monkeypatc
     ids = write(state, "texts", texts)
     (tmp_path / "alive").touch()
     monkeypatch.setattr(encoder, "ShardEncoder", Mortal)
-    made, _ = through_ray(config=replace(CONFIG, encoders=1))
+    made, _ = through_ray(plan=replace(PLAN, encoders=1))
     assert not (tmp_path / "alive").exists()
     check(state, made, tiny_lm, texts, ids)
 
@@ -225,9 +225,9 @@ from tests.raycluster.test_encoder import CONFIG, check, replace, world, write
 cluster.connect()
 state, texts = State({str(tmp_path)!r}), world(30)
 ids = write(state, "texts", texts)
-plan = cluster.make_plan()
-assert (plan.workers, plan.gpus) == (1, 1)
-made = encode_items(state, "table", Source({str(tiny_lm)!r}), "texts", replace(CONFIG, gpu_share=0.5), plan, "x")
+plan = cluster.make_plan(gpu_share=0.5)
+assert (plan.workers, plan.gpus, plan.encoders, plan.encoder_gpus) == (1, 1, 2, 0.5)
+made = encode_items(state, "table", Source({str(tiny_lm)!r}), "texts", CONFIG, plan, "x")
 check(state, made, {str(tiny_lm)!r}, texts, ids)
 print("whole")
 """

@@ -17,6 +17,7 @@ from ctrdist.schema import Schema
 from ctrdist.storage import State
 from ctrdist.vocabulary import Vocabulary
 from raycluster import ingest
+from raycluster.cluster import make_plan
 from raycluster.in_order import InOrder
 from raycluster.ingest import LogReader
 
@@ -52,7 +53,7 @@ def plain(reader: LogReader, chunks: list, keep: tuple[str, ...] = ()) -> pa.Tab
 
 def test_the_stream_is_the_plain_reader_in_exact_blocks(ray_cluster, reader):
     chunks = plan_epoch(groups_of(reader), 96, (3, 0), chunk_rows=300)
-    stream = ingest.stream(reader, chunks, 32).materialize()
+    stream = ingest.stream(reader, chunks, 32, plan=make_plan()).materialize()
     assert "MapBatches(read)->StreamingRepartition" in stream.stats(), "the task that reads makes the cut"
     tables = [ray.get(ref) for ref in stream.to_arrow_refs()]
     assert [t.num_rows for t in tables] == [32] * (1056 // 32)
@@ -61,7 +62,7 @@ def test_the_stream_is_the_plain_reader_in_exact_blocks(ray_cluster, reader):
 
 def test_blocks_are_dealt_in_turn_and_none_is_dropped(ray_cluster, reader):
     chunks = plan_epoch(groups_of(reader), 64, None, chunk_rows=300)
-    stream = ingest.stream(reader, chunks, 16)
+    stream = ingest.stream(reader, chunks, 16, plan=make_plan())
     shares = InOrder().configure({"train": stream}, 2, None, None)
 
     @ray.remote(num_cpus=0)

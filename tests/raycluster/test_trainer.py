@@ -16,7 +16,7 @@ from ctrdist.group import Group
 from ctrdist.loop import LoopConfig
 from ctrdist.losses import global_mean
 from ctrdist.tasks import Task
-from raycluster.cluster import Plan, make_plan, plan_trials
+from raycluster.cluster import make_plan, plan_trials
 from raycluster.trainer import Training, train
 
 
@@ -118,21 +118,13 @@ def full_disk(task: Task, folder: Path) -> None:
     raise KeyError("the disk is full")
 
 
-def test_plans_divide_every_batch(ray_cluster):
-    assert make_plan(0, {"--ctr.batch-size": 1024}).workers == 2
-    assert make_plan(0, {"--ctr.batch-size": 1023}).workers == 1
-    with pytest.raises(UserError, match="--ctr.batch-size 1023: does not divide among 2 workers"):
-        make_plan(2, {"--ctr.batch-size": 1023})
-
-
-def test_more_workers_than_room(ray_cluster):
-    with pytest.raises(UserError, match="--workers 9"):
-        make_plan(9)
-
-
 def test_trainings_at_a_time_share_the_cluster(ray_cluster):
-    assert plan_trials() == (Plan(1, 0, 0.25, 2), 1)  # two CPUs are room for one
-    assert plan_trials(1, {}, at_once=2) == (Plan(1, 0, 0.25, 1), 2)
-    assert plan_trials(2) == (Plan(2, 0, 0.25, 1), 1)
+    def shared(*given, **more) -> tuple[int, float, int, int, int]:
+        plan, at_once = plan_trials(*given, **more)
+        return plan.workers, plan.worker_cpus, plan.threads, plan.readers, at_once
+
+    assert shared() == (1, 0.25, 2, 2, 1)  # two CPUs are room for one
+    assert shared(1, {}, at_once=2) == (1, 0.25, 1, 1, 2)
+    assert shared(2) == (2, 0.25, 1, 2, 1)
     with pytest.raises(UserError, match="--sweep.at-once 2: 4 workers, and the cluster has 2 CPUs; at most 1"):
         plan_trials(2, {}, at_once=2)

@@ -1,0 +1,88 @@
+"""Waiting for nodes, with a clock and a cluster of our own in place of Ray's."""
+
+import pytest
+
+from raycluster import autoscaler
+from raycluster.autoscaler import resources_for
+
+WANTED = [{"CPU": 1}] * 16 + [{"GPU": 1, "train": 1}] * 2
+DATA, TRAIN = {"CPU": 16}, {"CPU": 8, "GPU": 2, "train": 2}
+
+
+class Growing:
+    """A cluster whose autoscaler brings `nodes`, each so many seconds after it was first asked."""
+
+    def __init__(self, nodes: list[tuple[float, dict[str, int]]]) -> None:
+        self.nodes, self.now, self.asked_at, self.requests = nodes, 100.0, None, []
+
+    def request(self, bundles: list[dict]) -> None:
+        self.requests.append(bundles)
+        self.asked_at = self.now if self.asked_at is None else self.asked_at
+
+    def resources(self) -> dict[str, float]:
+        total = {"CPU": 0.0, "memory": 1.0}
+        for after, node in self.nodes:
+            if self.asked_at is not None and self.now - self.asked_at >= after:
+                total = {name: total.get(name, 0) + node.get(name, 0) for name in total | node}
+        return total
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def growing(monkeypatch):
+    """`growing(nodes)`: a `Growing` in place of Ray."""
+
+    def put(*nodes: tuple[float, dict[str, int]]) -> Growing:
+        made = Growing(list(nodes))
+        monkeypatch.setattr("ray.cluster_resources", made.resources)
+        monkeypatch.setattr("ray.autoscaler.sdk.request_resources", made.request)
+        monkeypatch.setattr(autoscaler.time, "monotonic", lambda: made.now)
+        monkeypatch.setattr(autoscaler.time, "sleep", made.sleep)
+        return made
+
+    return put
+
+
+def test_an_idle_cluster_is_asked_once_and_waited_for(growing, capsys):
+    cluster = growing((60, DATA), (200, TRAIN))
+    assert resources_for(WANTED, 600) == {"CPU": 24, "memory": 1, "GPU": 2, "train": 2}
+    assert cluster.now - 100 == 200
+    assert cluster.requests == [WANTED, []], "asked once, and the request is taken back"
+    assert capsys.readouterr().out == (
+        "waiting at most 10 minutes for 16 CPU, 2 GPU, 2 train\nwaiting at most 10 minutes for 2 GPU, 2 train\n"
+    )
+
+
+def test_after_the_time_it_goes_on_with_what_has_come(growing, capsys):
+    cluster = growing((60, DATA), (700, TRAIN))
+    assert resources_for(WANTED, 600) == {"CPU": 16, "memory": 1}
+    assert cluster.now - 100 == 600 and cluster.requests[-1] == []
+    assert "warning: 2 GPU, 2 train have not come within 10 minutes; going on without\n" in capsys.readouterr().out
+
+
+def test_without_time_to_wait_nothing_is_left_asked(growing):
+    cluster = growing((60, DATA))
+    assert resources_for(WANTED, 0) == {"CPU": 0, "memory": 1}
+    assert cluster.requests == [WANTED, []] and cluster.now == 100
+
+
+def test_nothing_is_asked_where_all_is_there(growing, capsys):
+    cluster = growing((0, DATA))
+    cluster.asked_at = 0
+    assert resources_for([{"CPU": 1}] * 16, 600)["CPU"] == 16
+    assert resources_for([], 600)["CPU"] == 16
+    assert not cluster.requests and not capsys.readouterr().out
+
+
+def test_a_request_does_not_outlive_who_waits(growing, monkeypatch):
+    cluster = growing((60, DATA))
+
+    def interrupted(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(autoscaler.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        resources_for(WANTED, 600)
+    assert cluster.requests == [WANTED, []]

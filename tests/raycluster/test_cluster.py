@@ -1,0 +1,137 @@
+"""The plan: from a cluster's resources to who does what, on made-up clusters."""
+
+import pytest
+
+from ctrdist.errors import UserError
+from raycluster import cluster
+from raycluster.cluster import Plan, PlanConfig, make_plan
+
+GIB = 2**30
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """`on(CPU=..., GPU=..., memory=...)`: a cluster of these resources, memory in GiB; returns what is asked of it."""
+
+    def set_up(memory: float = 64, **resources: float) -> list:
+        asked = []
+
+        def has(wanted, seconds):
+            asked.append((wanted, seconds))
+            return resources | {"memory": memory * GIB}
+
+        monkeypatch.setattr(cluster, "resources_for", has)
+        return asked
+
+    return set_up
+
+
+def test_a_laptop(on):
+    on(CPU=2, memory=4)
+    assert make_plan() == Plan(2, 0, 0.25, 1, encoders=2, encoder_gpus=0.0, readers=2, reader_bytes=GIB // 2)
+
+
+def test_cpus_alone(on):
+    on(CPU=64, memory=256)
+    plan = make_plan(batch_sizes={"--ctr.batch-size": 1024})
+    assert (plan.workers, plan.worker_cpus, plan.threads, plan.encoders, plan.readers) == (16, 1.0, 4, 16, 64)
+    assert plan.worker_resources == {"CPU": 1.0}
+    assert plan.reader_resources == {"num_cpus": 0.5, "memory": GIB // 2}
+
+
+def test_every_gpu_trains_and_shares_of_it_encode(on):
+    on(CPU=48, GPU=4)
+    plan = make_plan(batch_sizes={"--ctr.batch-size": 1024}, gpu_share=0.3)
+    assert (plan.workers, plan.gpus, plan.threads) == (4, 1, 12)
+    assert (plan.encoders, plan.encoder_gpus) == (12, 0.3)  # three of 0.3 fit on each GPU, not thirteen on four
+    assert plan.worker_resources == {"CPU": 1.0, "GPU": 1}
+
+
+def test_only_some_gpus_train(on):
+    on(CPU=96, GPU=12, train=4)
+    plan = make_plan(config=PlanConfig(train_on="train"))
+    assert (plan.workers, plan.encoders) == (4, 12)
+    assert plan.worker_resources == {"CPU": 1.0, "GPU": 1, "train": 1}
+    with pytest.raises(UserError, match="--workers 5: the cluster has 4 GPUs"):
+        make_plan(5, config=PlanConfig(train_on="train"))
+    with pytest.raises(UserError, match="no GPU of nodes with the resource 'trian' to train on"):
+        make_plan(config=PlanConfig(train_on="trian"))
+
+
+def test_workers_divide_every_batch(on):
+    on(CPU=32)
+    assert make_plan(batch_sizes={"--ctr.batch-size": 1024, "--align.batch-size": 12}).workers == 4
+    assert make_plan(batch_sizes={"--ctr.batch-size": 1023}).workers == 3
+    assert make_plan(batch_sizes={"--ctr.batch-size": 1021}).workers == 1
+    with pytest.raises(UserError, match="--ctr.batch-size 1023: does not divide among 2 workers"):
+        make_plan(2, {"--ctr.batch-size": 1023})
+    with pytest.raises(UserError, match="--ctr.batch-size 0"):
+        make_plan(0, {"--ctr.batch-size": 0})
+
+
+def test_every_number_can_be_given(on):
+    on(CPU=64, GPU=4, train=4)
+    config = PlanConfig(train_on="train", worker_cpus=3, threads=5, readers=7, reader_gib=2)
+    assert make_plan(2, {"--ctr.batch-size": 64}, 3, 0.25, config) == Plan(
+        2, 1, 3, 5, encoders=3, encoder_gpus=0.25, readers=7, reader_bytes=2 * GIB, train_on="train"
+    )
+
+
+def test_memory_bounds_the_readers(on):
+    on(CPU=32, memory=6)
+    assert make_plan().readers == 12
+    assert make_plan(config=PlanConfig(reader_gib=4)).readers == 1
+    assert make_plan(config=PlanConfig(reader_gib=0)).reader_resources == {"num_cpus": 0.5}
+    with pytest.raises(UserError, match="--plan.reader-gib 8: Ray has 6.0 GiB of memory"):
+        make_plan(config=PlanConfig(reader_gib=8))
+
+
+@pytest.mark.parametrize("resources", [{}, {"CPU": 1}, {"CPU": 0, "GPU": 4}])
+def test_too_small_a_cluster_says_what_is_missing(on, resources):
+    on(**resources)
+    with pytest.raises(UserError, match=f"has {resources.get('CPU', 0)} CPUs .* needs 2: .*--plan.cpus"):
+        make_plan()
+
+
+def test_more_workers_than_room(on):
+    on(CPU=8)
+    assert make_plan(8).workers == 8
+    with pytest.raises(UserError, match="--workers 9: the cluster has 8 CPUs"):
+        make_plan(9)
+    with pytest.raises(UserError, match="--plan.worker-cpus 2: 4 workers would leave less than half a CPU of 8"):
+        make_plan(4, config=PlanConfig(worker_cpus=2))
+
+
+def test_what_is_reckoned_with_is_asked_for(on):
+    asked = on(CPU=8, GPU=2, train=2)
+    make_plan(config=PlanConfig(cpus=3, gpus=2, train_on="train", wait_minutes=1.5))
+    assert asked == [([{"CPU": 1}] * 3 + [{"GPU": 1, "train": 1}] * 2, 90)]
+    make_plan()
+    assert asked[1][0] == []
+
+
+def test_gpus_that_never_come_are_an_error_and_fewer_are_not(on):
+    on(CPU=8)
+    with pytest.raises(UserError, match="--plan.gpus 4: the cluster has no GPU to train on; `ray status` says why"):
+        make_plan(config=PlanConfig(gpus=4))
+    on(CPU=8, GPU=3)
+    assert make_plan(config=PlanConfig(gpus=4), batch_sizes={"--ctr.batch-size": 1024}).workers == 2
+
+
+def test_a_negative_number_is_refused():
+    with pytest.raises(UserError, match="plan.readers: -1 is under 0"):
+        PlanConfig(readers=-1)
+
+
+def test_the_plan_in_three_lines(on):
+    on(CPU=48, GPU=4, train=4)
+    assert make_plan(gpu_share=0.5, config=PlanConfig(train_on="train")).lines() == (
+        "train    4 at once on 'train', 1 GPU and 1 CPUs each, 12 threads",
+        "encode   8 at once, 0.5 GPU and 1 CPUs each",
+        "read     48 at once, 0.5 GiB each",
+    )
+
+
+def test_a_real_cluster(ray_cluster):
+    plan = make_plan(batch_sizes={"--ctr.batch-size": 1024})
+    assert (plan.workers, plan.gpus, plan.readers) == (2, 0, 2)
