@@ -23,7 +23,8 @@ from ctrdist.serving.model import ServedModel
 from ctrdist.storage import filesystem, list_parquet
 from raycluster import cli, cluster
 from raycluster.day import Progress, say
-from raycluster.scoring import ModelSource, find_model, score_files
+from raycluster.model_source import ModelSource, find_model
+from raycluster.scoring import score_files
 
 QUARANTINE = "_quarantine"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ctrdist.errors import UserError
 from raycluster import cli, cluster
+from raycluster.model_source import find_model
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,12 @@ def run(options: ServeOptions) -> None:
         from raycluster import serve
     except ImportError as error:
         raise UserError(f"Ray Serve is not installed ({error.name}): pip install '.[serve]'") from None
-    uri = options.tracking_uri or f"sqlite:///{cluster.absolute(options.state)}/mlflow.db"
     model = options.model if options.model.startswith("models:/") else cluster.absolute(options.model)
-    source = serve.Registered(model, uri)
-    version = source.current()
+    source = find_model(model, options.tracking_uri, options.state)
     cluster.connect()
     batching = (options.poll_seconds, options.batch_requests, options.batch_wait_ms)
-    serve.start(source, options.host, options.port, options.replicas, options.threads, *batching)
-    print(f"{options.model} (version {version}) at http://{options.host}:{options.port}/", flush=True)
+    serve.start(model, source.tracking_uri, options.host, options.port, options.replicas, options.threads, *batching)
+    print(f"{options.model} (version {source.version}) at http://{options.host}:{options.port}/", flush=True)
     serve.wait()
 
 

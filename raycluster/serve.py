@@ -11,9 +11,7 @@ serves, which then gives way: requests that came before are answered by it, thos
 
 import asyncio
 import logging
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -30,9 +28,8 @@ from starlette.responses import JSONResponse
 
 from ctrdist.errors import UserError
 from ctrdist.schema import HISTORY, ITEM_ID
-from ctrdist.serving.model import DESCRIPTION, ServedModel
-from ctrdist.storage import fingerprint
-from raycluster.mlflow_server import masked, mlflow_quiet
+from ctrdist.serving.model import ServedModel
+from raycluster.model_source import ModelSource, find_model
 
 log = logging.getLogger("ray.serve")
 
@@ -50,86 +47,15 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True)
-class Registered:
-    """What is served: `models:/NAME@ALIAS` as the alias moves, `models:/NAME/VERSION`, or the folder of a release.
-
-    Args:
-        model: one of these.
-        tracking_uri: MLflow's server or database.
-    """
-
-    model: str
-    tracking_uri: str = ""
-
-    def current(self) -> str:
-        """The version to serve now; `folder` of a folder.
-
-        Raises:
-            UserError: there is no such folder, model, alias or version.
-        """
-        if not self.model.startswith("models:/"):
-            if not any(Path(self.model).rglob(DESCRIPTION)):
-                raise UserError(f"--model {self.model}: no release; name the folder of one, or models:/NAME@champion")
-            return "folder"
-        name, at, alias = self.name.partition("@")
-        with mlflow_quiet() as mlflow:
-            client = mlflow.MlflowClient(self.tracking_uri)
-            try:
-                if at:
-                    return str(client.get_model_version_by_alias(name, alias).version)
-                return str(client.get_model_version(name, self.model.rsplit("/", 1)[1]).version)
-            except mlflow.exceptions.MlflowException as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"--model {self.model}: {reason} ({masked(self.tracking_uri)})") from None
-
-    @property
-    def name(self) -> str:
-        """Of the registered model, with its alias."""
-        return self.model.removeprefix("models:/").split("/")[0]
-
-    def fetch(self, version: str) -> Path:
-        """A local folder with a version's release, downloaded once a machine."""
-        if version == "folder":
-            return release_in(Path(self.model))
-        name = self.name.partition("@")[0]
-        with mlflow_quiet() as mlflow:
-            client = mlflow.MlflowClient(self.tracking_uri)
-            about = client.get_model_version(name, version)
-            # `models:/NAME/VERSION` itself would be looked for in the registry of the environment.
-            files = client.get_model_version_download_uri(name, version)
-        cache = Path(tempfile.gettempdir()) / "ctrdist-cache"
-        made = about.run_id, about.creation_timestamp  # a database that was made anew counts from 1 again
-        folder = cache / fingerprint("served", masked(self.tracking_uri), name, version, *made)
-        if not folder.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
-            try:
-                with mlflow_quiet() as mlflow:
-                    mlflow.artifacts.download_artifacts(files, dst_path=str(partial), tracking_uri=self.tracking_uri)
-                partial.rename(folder)
-            except OSError:
-                if not folder.exists():  # else another replica was faster
-                    raise
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        return release_in(folder)
-
-
-def release_in(folder: Path) -> Path:
-    """The release in a folder or below it, where MLflow puts it."""
-    return next(folder.rglob(DESCRIPTION)).parent
-
-
-@dataclass(frozen=True)
 class Loaded:
     """A model that serves.
 
     Args:
-        version: in the registry.
+        source: where it is from.
         model: the release.
     """
 
-    version: str
+    source: ModelSource
     model: Model
 
     def table(self, request: dict[str, Any]) -> pa.Table:
@@ -184,7 +110,8 @@ class Ranker:
     """A replica: scores batches of requests with the version that it has, and gets the next one beside that.
 
     Args:
-        source: of the model.
+        model: `models:/NAME@ALIAS`, as the alias moves, `models:/NAME/VERSION`, or the folder of a release.
+        tracking_uri: MLflow's server or database.
         load: a release's folder -> the model.
         poll_seconds: between two looks at the alias.
         batch_requests: most requests that are scored in one go.
@@ -194,7 +121,8 @@ class Ranker:
 
     def __init__(
         self,
-        source: Registered,
+        model: str,
+        tracking_uri: str = "",
         load: Callable[[Path], Model] = ServedModel,
         poll_seconds: float = 10.0,
         batch_requests: int = 16,
@@ -204,22 +132,26 @@ class Ranker:
         import torch
 
         torch.set_num_threads(threads)
-        self.source, self.load, self.poll_seconds = source, load, poll_seconds
+        self.model, self.tracking_uri, self.load, self.poll_seconds = model, tracking_uri, load, poll_seconds
         self.score.set_max_batch_size(batch_requests)
         self.score.set_batch_wait_timeout_s(batch_wait_ms / 1000)
         self.latency = Histogram("ctr_request_seconds", "From a request's arrival to its answer.", SECONDS)
         self.candidates = Counter("ctr_candidates", "Candidates scored.")
         self.version = Gauge("ctr_model_version", "Version of the registered model that serves.")
         self.failures = Counter("ctr_swap_failures", "Versions that could not be loaded, and looks that failed.")
-        self.loaded = self.get(source.current())
+        self.loaded = self.get(self.current())
         self.watcher = threading.Thread(target=self.watch, name="champion", daemon=True)
         self.watcher.start()
 
-    def get(self, version: str) -> Loaded:
+    def current(self) -> ModelSource:
+        """What is to be served now."""
+        return find_model(self.model, self.tracking_uri, "")
+
+    def get(self, source: ModelSource) -> Loaded:
         """A version, loaded."""
-        loaded = Loaded(version, self.load(self.source.fetch(version)))
-        if version.isdigit():
-            self.version.set(int(version))
+        loaded = Loaded(source, self.load(source.local()))
+        if source.version.isdigit():
+            self.version.set(int(source.version))
         return loaded
 
     def watch(self) -> None:
@@ -227,15 +159,15 @@ class Ranker:
         while True:
             time.sleep(self.poll_seconds)
             try:
-                version = self.source.current()
-                if version != self.loaded.version:
-                    began, before = time.monotonic(), self.loaded.version
-                    self.loaded = self.get(version)
+                source = self.current()
+                if source != self.loaded.source:
+                    began, before = time.monotonic(), self.loaded.source.version
+                    self.loaded = self.get(source)
                     seconds = time.monotonic() - began
-                    log.info("version %s serves in place of %s, loaded in %.1f s", version, before, seconds)
+                    log.info("version %s serves in place of %s, loaded in %.1f s", source.version, before, seconds)
             except Exception as error:  # the registry is away, or a version is broken: look again
                 self.failures.inc()
-                log.warning("version %s goes on serving: %s", self.loaded.version, error)
+                log.warning("version %s goes on serving: %s", self.loaded.source.version, error)
 
     def check_health(self) -> None:
         """Raises where nothing follows the alias any more: Ray Serve then starts another replica."""
@@ -246,7 +178,7 @@ class Ranker:
         """Answers a request; a GET tells what serves."""
         began = time.monotonic()
         if request.method == "GET":
-            return JSONResponse({"model": self.source.model, "version": self.loaded.version})
+            return JSONResponse({"model": self.model, "version": self.loaded.source.version})
         try:
             content = await request.json()
             if not isinstance(content, dict):
@@ -273,12 +205,13 @@ class Ranker:
             numbers = [number for number, (loaded, _) in enumerate(requests) if loaded is version]
             scores = await asyncio.to_thread(version.score, [requests[number][1] for number in numbers])
             for number, score in zip(numbers, scores, strict=True):
-                answers[number] = score, version.version
+                answers[number] = score, version.source.version
         return answers
 
 
 def start(
-    source: Registered,
+    model: str,
+    tracking_uri: str = "",
     host: str = "127.0.0.1",
     port: int = 8000,
     replicas: int = 1,
@@ -296,7 +229,7 @@ def start(
         ray_actor_options={"num_cpus": threads},
         max_ongoing_requests=4 * batch_requests,  # of which one batch is scored while the next one gathers
     )
-    bound = ranker.bind(source, load, poll_seconds, batch_requests, batch_wait_ms, threads)
+    bound = ranker.bind(model, tracking_uri, load, poll_seconds, batch_requests, batch_wait_ms, threads)
     serve.run(bound, name="ctr", route_prefix="/")
 
 

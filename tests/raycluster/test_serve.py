@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from ctrdist.errors import UserError
+from raycluster.model_source import ModelSource, find_model
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 serve = pytest.importorskip("raycluster.serve", reason="the extra `serve` is not installed")
@@ -51,16 +52,17 @@ class Echo(Constant):
         return np.array([float(item.removeprefix("i")) for item in rows["item_id"].to_pylist()], np.float32)
 
 
+VERSION = ModelSource("models:/cela/1", "sqlite:///none.db")
 REQUEST = {"user": {"user_id": "u"}, "context": {"hour": 3}, "history": ["i9", "i8"], "candidates": ["i1", "i2", "i3"]}
 
 
 def test_a_request_becomes_a_row_for_each_candidate():
-    table = serve.Loaded("1", Echo()).table(REQUEST)
+    table = serve.Loaded(VERSION, Echo()).table(REQUEST)
     assert table.to_pylist() == [
         {"user_id": "u", "hour": 3, "item_id": f"i{n}", "history": ["i9", "i8"]} for n in (1, 2, 3)
     ]  # fmt: skip
     without = {name: part for name, part in REQUEST.items() if name != "history"}
-    empty = serve.Loaded("1", Echo()).table(without)
+    empty = serve.Loaded(VERSION, Echo()).table(without)
     assert empty["history"].to_pylist() == [[], [], []] and empty.schema == table.schema
 
 
@@ -75,11 +77,11 @@ def test_a_request_becomes_a_row_for_each_candidate():
 )
 def test_a_request_that_is_wrong_is_told_what_is(change, message):
     with pytest.raises(UserError, match=message):
-        serve.Loaded("1", Echo()).table(REQUEST | change)
+        serve.Loaded(VERSION, Echo()).table(REQUEST | change)
 
 
 def test_requests_of_like_columns_are_scored_in_one_go_and_one_that_is_wrong_alone():
-    loaded = serve.Loaded("1", Echo())
+    loaded = serve.Loaded(VERSION, Echo())
     requests = [REQUEST | {"candidates": [f"i{10 * n}", f"i{10 * n + 1}"][: 1 + n % 2]} for n in range(4)]
     requests.insert(2, REQUEST | {"context": {"hour": "x"}})
     found = loaded.score([loaded.table(request) for request in requests])
@@ -123,8 +125,7 @@ def test_a_new_champion_takes_over_under_load_and_no_request_fails(ray_cluster, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    source = serve.Registered("models:/cela@champion", registry.tracking_uri)
-    serve.start(source, port=port, poll_seconds=0.3, load=Constant)
+    serve.start("models:/cela@champion", registry.tracking_uri, port=port, poll_seconds=0.3, load=Constant)
     answers: list[tuple[float, int, dict]] = []
     over = threading.Event()
 
@@ -170,7 +171,7 @@ def test_a_new_champion_takes_over_under_load_and_no_request_fails(ray_cluster, 
 def test_what_is_not_there_is_said(registry, tmp_path):
     for model in ("models:/cela@best", "models:/cela/9", "models:/cella@champion"):
         with pytest.raises(UserError, match=f"--model {model}: "):
-            serve.Registered(model, registry.tracking_uri).current()
-    with pytest.raises(UserError, match="no release; name the folder of one"):
-        serve.Registered(str(tmp_path)).current()
-    assert serve.Registered("models:/cela/3", registry.tracking_uri).current() == "3"
+            find_model(model, registry.tracking_uri, "")
+    with pytest.raises(UserError, match="name the folder of a release"):
+        find_model(str(tmp_path), None, "")
+    assert find_model("models:/cela/3", registry.tracking_uri, "").version == "3"
