@@ -142,7 +142,7 @@ def _check(dimension: Dimension, base: Any, fixed: Collection[str]) -> None:
             f"--space {dimension}: a batch size is not swept: with another one the learning rates mean something else. "
             f"Set it once, with --{dimension.field.replace('_', '-')}"
         )
-    if dimension.field in fixed:
+    if dimension.field.split(".")[0] in fixed:
         raise UserError(f"--space {dimension}: {dimension.field} is no hyper-parameter; give it as an option")
     for value in dimension.ends:
         try:
