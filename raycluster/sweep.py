@@ -104,9 +104,12 @@ def sweep(method: Method, base: Any, options: SweepOptions, spaces: tuple[str, .
     try:
         with tracker.run(f"sweep {name}", params=params, tags={"sweep": name, "data": data}) as run_id:
             run = Sweep(method, base, options, space, day, data, name, tracker, run_id)
-            run.search()
-            run.repeat()
-            run.finish()
+            try:
+                run.search()
+                run.repeat()
+                run.finish()
+            finally:
+                run.end_open()
     finally:
         close_tracker(tracker)
 
@@ -232,6 +235,11 @@ class Sweep:
         how = f"validation AUC {trial.auc:.4f}" if trial.auc is not None else trial.error
         over = f"{sum(t.status != 'waiting' for t in self.trials)} of {len(self.trials)} trials"
         say(f"{trial.name:10} {trial.status}: {how}, {trial.seconds:.0f} s; {over} are over")
+
+    def end_open(self) -> None:
+        """End the runs in MLflow of trials that a sweep which is cut off leaves behind."""
+        for block in self.blocks.values():
+            block.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
 
     def finish(self) -> None:
         """Write what has come of it, print the table, and let go of the stages."""

@@ -116,7 +116,7 @@ def test_only_the_vanilla_network_is_released_and_registered(first_day, options,
     state = State(options.state)
     release = state.find(f"releases/{FIRST}")
     assert {name.split("/")[0] for name in release.files} == {
-        "schema.yaml", "vocabulary", "catalog", "elec", "release.json"
+        "schema.yaml", "vocabulary", "catalog", "elec", "release.json", "serving"
     }  # fmt: skip
     assert {name for name in release.files if name.startswith("elec/")} == {"elec/model.safetensors", "elec/model.json"}
     schema = Schema.load(data / "schema.yaml")

@@ -175,7 +175,7 @@ def test_promote_and_roll_back(registered_here, options, versions, capsys):
 def test_what_is_broken_cannot_be_champion(registered_here, options, versions):
     source = versions.server.client.get_model_version("clicks", "3").source
     (folder,) = Path(options.state).glob(f"mlflow-artifacts/**/{source.split('/')[-1]}/artifacts")
-    weights = next(folder.rglob("model.safetensors"))
+    weights = next(folder.rglob("items.npy"))
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-4] + bytes(4))
     with pytest.raises(UserError, match="version 3 .* is broken: files are missing, or have other bytes"):
@@ -193,7 +193,7 @@ def test_the_days_options_are_taken_from_ctr_yaml(options, versions, tmp_path, c
     file = tmp_path / "ctr.yaml"
     file.write_text(f"state: {options.state}\ntrain_days: 4\nctr: {{backbone: dnn}}\ngate: {{resamples: 100}}\n")
     RELEASE.run(cli.parse_command(RELEASE.COMMANDS, "", ["list", "--config", str(file)]))
-    assert "clicks at sqlite" in capsys.readouterr().out
+    assert "clicks at" in capsys.readouterr().out
     found = cli.parse_command(RELEASE.COMMANDS, "", ["promote", "3", f"--config={file}"])
     assert found.gate.resamples == 100 and found.version == "3"
     with pytest.raises(UserError, match="--state is missing"):
