@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -81,7 +82,9 @@ def compile_graph(program: torch.export.ExportedProgram, folder: Path, name: str
     """
     path = folder / COMPILED.format(name)
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=COMPILER)
+        with warnings.catch_warnings():  # of PyTorch's own code about PyTorch's own types
+            warnings.simplefilter("ignore", FutureWarning)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=COMPILER)
     except Exception as error:  # a compiler without headers, a graph that Inductor cannot lower: all are its own
         path.unlink(missing_ok=True)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
