@@ -217,21 +217,26 @@ def _count_workers(workers: int, room: int, kind: str, sizes: dict[str, int]) ->
     return workers or max(n for n in range(1, most + 1) if all(size % n == 0 for size in sizes.values()))
 
 
-def plan_trials(workers: int = 0, batch_sizes: dict[str, int] | None = None, at_once: int = 0) -> tuple[Plan, int]:
-    """A plan of each of several trainings at a time, and how many they are.
+def plan_trials(
+    workers: int = 0,
+    batch_sizes: dict[str, int] | None = None,
+    at_once: int = 0,
+    encoders: int = 0,
+    gpu_share: float = 1.0,
+    config: PlanConfig | None = None,
+) -> tuple[Plan, int]:
+    """A plan of each of several trainings at a time, and how many they are. Arguments as `make_plan`, but for
 
     Args:
         workers: of one training; 0 takes one.
-        batch_sizes: as `make_plan` takes them.
         at_once: trainings at a time; 0 takes as many as there is room for: a GPU or four CPUs for each worker.
 
     Raises:
         UserError: as `make_plan`, or more at a time than the cluster has GPUs or CPUs for.
     """
-    import ray
-
-    plan, resources = make_plan(workers or 1, batch_sizes), ray.cluster_resources()
-    cpus, gpus = int(resources["CPU"]), int(resources.get("GPU", 0))
+    config = config or PlanConfig()
+    plan = make_plan(workers or 1, batch_sizes, encoders, gpu_share, config)
+    cpus, gpus = int(plan.cluster["CPU"]), int(plan.cluster.get("GPU", 0))
     room, kind = (gpus, "GPUs") if gpus else (cpus, "CPUs")
     if at_once * plan.workers > room:
         raise UserError(
@@ -240,9 +245,14 @@ def plan_trials(workers: int = 0, batch_sizes: dict[str, int] | None = None, at_
         )
     at_once = at_once or max(1, (gpus or cpus // 4) // plan.workers)
     busy = at_once * plan.workers
-    share = 1.0 if cpus >= 4 * busy else 0.25
-    readers = max(1, plan.readers // at_once)
-    return replace(plan, worker_cpus=share, threads=max(1, cpus // busy), readers=readers), at_once
+    share = config.worker_cpus or (1.0 if cpus >= 4 * busy else 0.25)
+    return replace(
+        plan,
+        worker_cpus=share,
+        threads=config.threads or max(1, cpus // busy),
+        encoders=encoders or max(1, plan.encoders // at_once),
+        readers=config.readers or max(1, plan.readers // at_once),
+    ), at_once
 
 
 def _wanted(config: PlanConfig) -> list[dict[str, float]]:

@@ -201,7 +201,10 @@ class Sweep:
         if not waiting:
             return
         cluster.connect()
-        plan, at_once = cluster.plan_trials(self.base.workers, self.base.batch_sizes(), self.options.at_once)
+        base = self.base
+        plan, at_once = cluster.plan_trials(
+            base.workers, base.batch_sizes(), self.options.at_once, *base.encoding(), base.plan
+        )
         at_once = min(at_once, len(waiting))
         say(f"sweep      {len(waiting)} trials, {at_once} at a time, {plan.workers} workers each")
         options, folder = {trial.name: self.options_of(trial) for trial in waiting}, f"{self.folder}/stages"

@@ -16,7 +16,7 @@ from ctrdist.group import Group
 from ctrdist.loop import LoopConfig
 from ctrdist.losses import global_mean
 from ctrdist.tasks import Task
-from raycluster.cluster import make_plan, plan_trials
+from raycluster.cluster import PlanConfig, make_plan, plan_trials
 from raycluster.trainer import Training, train
 
 
@@ -126,5 +126,8 @@ def test_trainings_at_a_time_share_the_cluster(ray_cluster):
     assert shared() == (1, 0.25, 2, 2, 1)  # two CPUs are room for one
     assert shared(1, {}, at_once=2) == (1, 0.25, 1, 1, 2)
     assert shared(2) == (2, 0.25, 1, 2, 1)
+    asked = PlanConfig(worker_cpus=0.5, threads=3, readers=5)  # what is asked for is not shared out
+    assert shared(1, {}, at_once=2, config=asked) == (1, 0.5, 3, 5, 2)
+    assert plan_trials(1, {}, 2, 4)[0].encoders == 4 and plan_trials(1, {}, 2)[0].encoders == 1
     with pytest.raises(UserError, match="--sweep.at-once 2: 4 workers, and the cluster has 2 CPUs; at most 1"):
         plan_trials(2, {}, at_once=2)
