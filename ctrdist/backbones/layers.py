@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ctrdist.dropout import Dropout
 from ctrdist.group import Group
 
 Activation = Literal["relu", "dice"]
@@ -96,20 +97,6 @@ class Dice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         p = torch.sigmoid(self.norm(x))
         return x * torch.addcmul(self.alpha, p, 1 - self.alpha)
-
-
-class Dropout(nn.Dropout):
-    """Dropout by 16 random bits a value on a CPU: a third of the time of PyTorch's, which draws 64.
-
-    The share of zeros is `p` to within 2⁻¹⁷.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p or self.p == 1 or x.is_cuda:
-            return super().forward(x)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
-        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
-        return x * (kept.to(x.dtype) / (1 - self.p))
 
 
 class MLP(nn.Module):

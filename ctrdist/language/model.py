@@ -22,8 +22,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from ctrdist.dropout import quicken
 from ctrdist.errors import UserError, nearest
-from ctrdist.language import source
+from ctrdist.language import attention, source
 from ctrdist.language.lora import ADAPTER, LoraConfig, add_lora, merged_state
 from ctrdist.optim import split_decay
 
@@ -56,6 +57,9 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         assert pooling in POOLINGS
+        quicken(model)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(attention.NAME)
         self.model, self.tokenizer, self.pooling, self.drawn = model, tokenizer, pooling, drawn
         self.lora: LoraConfig | None = None
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ctrdist.errors import UserError
 from ctrdist.language import source
+from ctrdist.language.attention import attend
 from ctrdist.language.model import POSITIONS_FROM_PADDING, LanguageModel
 
 SELF_ATTENTION = {
@@ -293,7 +293,7 @@ def _attend(
         attention_mask: [B, 1, T, S], true where a token is seen; None = all are.
         prompts: of each attention that has some, [B, 2, K, width of its keys].
         watch: is shown (module, query, key, value, attention_mask, scaling), prompts included.
-        options: as `sdpa_attention_forward` takes them.
+        options: as `attend` takes them.
     """
     if prompts and module in prompts:
         own = prompts[module].to(key.dtype).unflatten(-1, (key.shape[1], -1))
@@ -303,7 +303,7 @@ def _attend(
             attention_mask = F.pad(attention_mask, (keys.shape[2], 0), value=True)
     if watch:
         watch(module, query, key, value, attention_mask, options["scaling"])
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return attend(module, query, key, value, attention_mask, **options)
 
 
 def _mask(*args: Any, allow_is_causal_skip: bool = False, **options: Any) -> Tensor | None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ctrdist import backbones
 from ctrdist.backbones import BackboneConfigs, Inputs, Shape
 from ctrdist.backbones.base import all_fields
-from ctrdist.backbones.layers import Dropout
 from ctrdist.batch import Batch, Lookup
+from ctrdist.dropout import Dropout
 from ctrdist.embedding import Tables, gather
 from ctrdist.errors import UserError, nearest
 from ctrdist.group import Group, current_group
