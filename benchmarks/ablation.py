@@ -36,8 +36,9 @@ from ctrdist.config import to_dict  # noqa: E402
 from ctrdist.language.encode import EncodeConfig, Source  # noqa: E402
 from ctrdist.storage import Manifest, State  # noqa: E402
 from ctrdist.tasks.align import AlignConfig  # noqa: E402
-from ctrdist.tasks.click import ClickConfig, FuseConfig  # noqa: E402
+from ctrdist.tasks.click import ClickConfig  # noqa: E402
 from ctrdist.tasks.pretrain import PretrainConfig  # noqa: E402
+from ctrdist.text_field import FuseConfig  # noqa: E402
 from ctrdist.text_training import LanguageModelConfig  # noqa: E402
 
 ID, CELA = "id", "cela"

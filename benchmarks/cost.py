@@ -50,8 +50,9 @@ from ctrdist.language.encode import EncodeConfig, Source  # noqa: E402
 from ctrdist.language.model import LanguageModel  # noqa: E402
 from ctrdist.loop import fit  # noqa: E402
 from ctrdist.tasks.align import AlignConfig  # noqa: E402
-from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig  # noqa: E402
+from ctrdist.tasks.click import ClickConfig, ClickModel  # noqa: E402
 from ctrdist.tasks.pretrain import PretrainConfig  # noqa: E402
+from ctrdist.text_field import FuseConfig  # noqa: E402
 from ctrdist.text_training import LanguageModelConfig, alignment_targets, text_loop  # noqa: E402
 
 

@@ -61,9 +61,10 @@ from ctrdist.language.source import DEFAULT  # noqa: E402
 from ctrdist.schema import Schema  # noqa: E402
 from ctrdist.served import write_served  # noqa: E402
 from ctrdist.serving.model import ServedModel  # noqa: E402
-from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig  # noqa: E402
+from ctrdist.tasks.click import ClickConfig, ClickModel  # noqa: E402
 from ctrdist.tasks.distill import Distillation, DistillConfig  # noqa: E402
 from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel  # noqa: E402
+from ctrdist.text_field import FuseConfig  # noqa: E402
 
 OURS = "ours_"
 NETWORKS = ("backbone", "vanilla", "clickprompt", "cela")

@@ -17,7 +17,8 @@ from ctrdist.fields import load_encoders
 from ctrdist.items import Catalog
 from ctrdist.schema import HISTORY, ITEM_ID, LABEL, NUMERIC, Schema
 from ctrdist.shards import read_state, save_whole
-from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig
+from ctrdist.tasks.click import ClickConfig, ClickModel
+from ctrdist.text_field import FuseConfig
 from ctrdist.text_table import load_text_table
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -71,7 +72,7 @@ def load_click_model(
     saved = from_dict(ClickConfig(), description["config"], str(folder / DESCRIPTION))
     saved_fuse = description["fuse"] and from_dict(FuseConfig(), description["fuse"], str(folder / DESCRIPTION))
     wanted = [(f"--ctr.{name}", saved, config, name) for name in ("backbone", "dim", "widths", "networks")]
-    wanted += [(f"--fuse.{name}", saved_fuse, fuse, name) for name in ("hidden", "source", "on")]
+    wanted += [(f"--fuse.{name}", saved_fuse, fuse, name) for name in ("hidden", "whiten", "source", "on")]
     for option, mine, other, name in wanted:
         if mine and other and to_dict(getattr(mine, name)) != to_dict(getattr(other, name)):
             raise UserError(

@@ -14,8 +14,9 @@ from ctrdist.language.encode import EncodeConfig
 from ctrdist.language.model import check_model
 from ctrdist.storage import Manifest
 from ctrdist.tasks.align import AlignConfig
-from ctrdist.tasks.click import ClickConfig, FuseConfig
+from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.pretrain import PretrainConfig
+from ctrdist.text_field import FuseConfig
 from ctrdist.text_training import LanguageModelConfig
 from raycluster import cli, registry, reporting
 from raycluster.day import Day, DayOptions, run_day

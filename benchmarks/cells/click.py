@@ -17,7 +17,8 @@ from ctrdist.loop import LoopConfig, fit
 from ctrdist.metrics import auc, log_loss
 from ctrdist.storage import State
 from ctrdist.tasks import Task
-from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig
+from ctrdist.tasks.click import ClickConfig, ClickModel
+from ctrdist.text_field import FuseConfig
 from ctrdist.text_training import alignment_targets
 
 TARGETS = "targets.npy"
@@ -84,6 +85,8 @@ def train_click(
     """
     width = 0 if text_table is None else text_table.shape[1]
     model = start or ClickModel(log.schema, log.sizes, config, width, fuse, seed)
+    if start is None and width:
+        model.text_field.measure(text_table)
     facts = train_task(log, model, config, seed, text_table, rows)
     return model, facts | {"parameters": sum(p.numel() for p in model.backbone.parameters())}
 

@@ -11,7 +11,6 @@ from ctrdist import backbones
 from ctrdist.backbones import BackboneConfigs, Inputs, Shape
 from ctrdist.backbones.base import all_fields
 from ctrdist.batch import Batch, Lookup
-from ctrdist.dropout import Dropout
 from ctrdist.embedding import Tables, gather
 from ctrdist.errors import UserError, nearest
 from ctrdist.group import Group, current_group
@@ -20,6 +19,7 @@ from ctrdist.optim import ROW_OPTIMIZERS, Precision, Schedule, split_decay
 from ctrdist.schema import ITEM_ID, Schema
 from ctrdist.sharded import Store, choose_store
 from ctrdist.tasks import Task
+from ctrdist.text_field import FuseConfig, TextField
 from ctrdist.vocabulary import PADDING, UNKNOWN
 
 
@@ -90,47 +90,6 @@ class ClickConfig:
                 raise UserError(f"ctr.{name}: {getattr(self, name)} is under 0")
         if not 0 <= self.unknown_share < 1:
             raise UserError(f"ctr.unknown_share: {self.unknown_share} is not a share from 0 to under 1")
-
-
-@dataclass(frozen=True)
-class FuseConfig:
-    """MF²: the text vector as one more field.
-
-    Args:
-        hidden: hidden units of the MLP that brings a text vector to the width of a field (eq. 13).
-        dropout: after each of them.
-        scale: the field's root mean square before training, LayerNorm's initial gain. An embedding starts at 0.01:
-            a text field at 1 drowns the ids, which are then learnt late and badly.
-        source: where a text vector comes from: `text`, by the language model, or `id`, the ID model's embeddings of the
-            item in its place (the paper's "w/o text"), with which no stage of the language model has anything to do.
-        on: what has its text: the target item and its behaviours, or only one of them; zeros stand for the other's.
-        frozen: leave the MLP as it was drawn, a random projection; LayerNorm is trained in any case.
-    """
-
-    hidden: tuple[int, ...] = (64,)
-    dropout: float = 0.2
-    scale: float = 0.1
-    source: Literal["text", "id"] = "text"
-    on: Literal["both", "target", "behaviours"] = "both"
-    frozen: bool = False
-
-
-class TextField(nn.Module):
-    """The text vector of an item [U, text width] as a field [U, d]: MLP and LayerNorm (CELA, eq. 13)."""
-
-    def __init__(self, text_dim: int, dim: int, config: FuseConfig) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        width = text_dim
-        for units in config.hidden:
-            layers += [nn.Linear(width, units), nn.ReLU(inplace=True), Dropout(config.dropout)]
-            width = units
-        self.mlp = nn.Sequential(*layers, nn.Linear(width, dim))
-        self.norm = nn.LayerNorm(dim)
-        nn.init.constant_(self.norm.weight, config.scale)
-
-    def forward(self, text: Tensor) -> Tensor:
-        return self.norm(self.mlp(text))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from ctrdist.fields import rows_with_new_ids
 from ctrdist.loop import LoopConfig
 from ctrdist.optim import Precision
 from ctrdist.storage import Manifest, State, fingerprint
-from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, table_sizes
-from ctrdist.text_table import TextTableFacts, load_text_table
+from ctrdist.tasks.click import ClickConfig, ClickModel, table_sizes
+from ctrdist.text_field import FuseConfig
+from ctrdist.text_table import load_text_table
 from raycluster import ingest
 from raycluster.cluster import Plan
 from raycluster.day import Day
@@ -162,8 +163,11 @@ def _click_task(
     if start:
         return grown_model(reader, config, start, fuse, seed)
     schema, encoders, _ = reader.open()
-    width = TextTableFacts.load(State(reader.state).local(text)).dim if text else 0
-    return ClickModel(schema, table_sizes(encoders, schema), config, width, fuse, seed)
+    table = _text_table(reader, text) if text else None
+    model = ClickModel(schema, table_sizes(encoders, schema), config, table.shape[1] if text else 0, fuse, seed)
+    if text:
+        model.text_field.measure(table)
+    return model
 
 
 def grown_model(

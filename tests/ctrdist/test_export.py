@@ -21,7 +21,8 @@ from ctrdist.export import DESCRIPTION, SERVES, WEIGHTS, Release, load_click_mod
 from ctrdist.fields import save_encoders
 from ctrdist.group import Group
 from ctrdist.log import list_days, list_row_groups
-from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, table_sizes
+from ctrdist.tasks.click import ClickConfig, ClickModel, table_sizes
+from ctrdist.text_field import FuseConfig
 from ctrdist.text_table import FACTS, create_text_table, seal_text_table
 
 CONFIG = ClickConfig(backbone="din", dim=4, networks=BackboneConfigs(din=DinConfig(attention=(6,), hidden=(8,))))
@@ -45,6 +46,8 @@ def trained(small_log: Path, small_read, fuse: FuseConfig | None) -> ClickModel:
     """A small model after some steps, so that every row and optimizer state is its own."""
     schema, vocabularies, catalog = small_read
     model = ClickModel(schema, table_sizes(vocabularies, schema), CONFIG, TEXT_DIM if fuse else 0, fuse, seed=3)
+    if fuse:
+        model.text_field.measure(text_table(catalog))
     batch = collate(encoded(small_log, small_read), schema, catalog, text_table(catalog))
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     for _ in range(3):

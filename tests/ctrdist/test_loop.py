@@ -32,7 +32,8 @@ from ctrdist.schema import Field, Schema
 from ctrdist.sharded import is_collective
 from ctrdist.storage import State
 from ctrdist.tasks import Task
-from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig
+from ctrdist.tasks.click import ClickConfig, ClickModel
+from ctrdist.text_field import FuseConfig
 from ctrdist.vocabulary import Vocabulary
 
 SCHEMA = Schema(user=(Field("user_id"),), item=(Field("item_id"), Field("genre")), history_length=3)
@@ -122,7 +123,8 @@ def test_two_workers_end_with_the_weights_of_one(two_workers, names: list[str], 
         for key, value in alone["weights"].items():
             assert torch.equal(first["weights"][key], second["weights"][key]), (name, key)
             torch.testing.assert_close(first["weights"][key], value, rtol=1e-9, atol=1e-11, msg=f"{name} {key}")
-            assert not torch.equal(value, start[key]), (name, key)
+            if key not in ("text_field.mean", "text_field.whitening"):  # measured, not trained
+                assert not torch.equal(value, start[key]), (name, key)
         for one, other in ((alone, first), (first, second)):
             assert [epoch for epoch, _ in one["aucs"]] == [1, 2] and one["best"] == other["best"]
             np.testing.assert_allclose(one["aucs"], other["aucs"], atol=1e-6)

@@ -23,7 +23,8 @@ from ctrdist.served import write_served
 from ctrdist.serving.graphs import BUILT_FOR, COMPILED, machine, misfit
 from ctrdist.serving.model import DESCRIPTION, ServedModel, find_artifact
 from ctrdist.serving.ragged import Ragged
-from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, table_sizes
+from ctrdist.tasks.click import ClickConfig, ClickModel, table_sizes
+from ctrdist.text_field import FuseConfig
 from ctrdist.text_table import create_text_table, seal_text_table
 from ctrdist.vocabulary import Vocabulary, to_keys
 
@@ -92,6 +93,8 @@ def made(folder: Path, name: str, text: bool, schema: Schema = SCHEMA, fuse: Fus
     catalog.save(folder / "catalog")
     vectors = create_text_table(folder, catalog.size, TEXT, "float16")
     vectors[2:] = np.random.default_rng(2).normal(size=(catalog.size - 2, TEXT))
+    if text:
+        model.text_field.measure(vectors)
     seal_text_table(folder, vectors, np.ones(catalog.size, np.uint64), "lm", catalog.ids.fingerprint())
     (folder / "model").mkdir()
     (folder / "release.json").write_text('{"serves": "model", "text_model": "lm"}')

@@ -19,8 +19,9 @@ from ctrdist.log import log_columns
 from ctrdist.schema import Schema
 from ctrdist.storage import State
 from ctrdist.tasks.align import AlignConfig
-from ctrdist.tasks.click import ClickConfig, FuseConfig
+from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.pretrain import PretrainConfig
+from ctrdist.text_field import FuseConfig
 from ctrdist.text_training import LanguageModelConfig
 from jobs import cela_daily as JOB
 

@@ -17,8 +17,9 @@ from ctrdist.export import Release, load_click_model
 from ctrdist.schema import Field
 from ctrdist.storage import State
 from ctrdist.tasks.align import AlignConfig
-from ctrdist.tasks.click import ClickConfig, FuseConfig
+from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.pretrain import PretrainConfig
+from ctrdist.text_field import FuseConfig
 from ctrdist.text_training import LanguageModelConfig
 from jobs import cela_daily as JOB
 

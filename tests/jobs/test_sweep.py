@@ -19,10 +19,11 @@ from ctrdist.language.prompts import PromptConfig
 from ctrdist.space import override, parse_space
 from ctrdist.storage import State
 from ctrdist.tasks.align import AlignConfig
-from ctrdist.tasks.click import ClickConfig, FuseConfig
+from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.m_llm import MLLMConfig
 from ctrdist.tasks.pretrain import PretrainConfig
 from ctrdist.tasks.prompted import PromptPretrainConfig
+from ctrdist.text_field import FuseConfig
 from ctrdist.text_training import LanguageModelConfig
 from jobs import cela_daily, clickprompt_daily, elec_daily
 from jobs import sweep as JOB

@@ -15,7 +15,8 @@ from ctrdist.errors import UserError
 from ctrdist.group import Group
 from ctrdist.items import Catalog, Ragged
 from ctrdist.schema import Field, Schema
-from ctrdist.tasks.click import ClickConfig, ClickModel, FuseConfig, TextField
+from ctrdist.tasks.click import ClickConfig, ClickModel
+from ctrdist.text_field import FuseConfig, TextField
 from ctrdist.vocabulary import Vocabulary
 
 SIZES = {"user_id": 9, "tags": 6, "hour": 5, "item_id": 12, "genres": 7}
