@@ -22,7 +22,7 @@ from raycluster import cli, registry, reporting
 from raycluster.day import Day, DayOptions, run_day
 from raycluster.stages.click import train_click
 from raycluster.stages.evaluate import evaluate
-from raycluster.stages.language import align, encode, pretrain, pretraining_due, table_of_embeddings
+from raycluster.stages.language import align, alignment_due, encode, pretrain, pretraining_due, table_of_embeddings
 from raycluster.stages.read import Read, read_log
 
 
@@ -107,9 +107,10 @@ def train(day: Day, options: CelaOptions) -> tuple[Read, Manifest, Manifest, Man
     # The vectors of a newly pre-trained language model mean something else: MF² then learns the whole window anew.
     aligned, fused = (day.earlier("lm"), day.earlier("cela")) if warm else (pretrained, None)
     days = read.train if warm else day.window.train
+    align_due = alignment_due(day, options.align, warm)
     for number in range(1, options.rounds + 1):
         suffix, target = _suffix(number), fused if number > 1 else id_model
-        aligned = align(day, f"roma{suffix}", read, aligned, target, options.align, options.lm, warm=warm)
+        aligned = align(day, f"roma{suffix}", read, aligned, target, options.align, options.lm, warm, align_due)
         if options.fuse.source == "id":
             text = table_of_embeddings(day, f"encode{suffix}", read, id_model)
         else:

@@ -48,6 +48,8 @@ class AlignConfig:
         valid_share: share of the items that are held out and scored, by the loss, after each epoch.
         patience: with held-out items, stop after this many epochs without a lower loss of theirs, and keep the best
             epoch's weights; 0 trains to the end and keeps the last ones.
+        every_days: a daily run aligns again when the last time is this many days ago, and after each DAP; 0 = only
+            after DAP. On the days between, the language model stays as it is, and only new texts are encoded.
     """
 
     epochs: int = 2
@@ -71,6 +73,7 @@ class AlignConfig:
     chunk: int = 0
     valid_share: float = 0.0
     patience: int = 0
+    every_days: int = 1
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:

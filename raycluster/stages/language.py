@@ -46,6 +46,13 @@ def pretraining_due(day: Day, lm: LanguageModelConfig, config: PretrainConfig) -
     return last is None or last.facts["lm"] != to_dict(lm) or overdue(day, last.facts["date"], config.every_days)
 
 
+def alignment_due(day: Day, config: AlignConfig, warm: bool) -> bool:
+    """Whether ROMA is due: the day does not start from an earlier one's language model (`warm`), or the last one is
+    `every_days` old."""
+    last = day.earlier("lm").facts.get("date") if warm else None
+    return last is None or overdue(day, last, config.every_days)
+
+
 def overdue(day: Day, last: str, every_days: int) -> bool:
     """Whether what was done on the day `last` is `every_days` old; never with 0."""
     return bool(every_days) and (day.date - dt.date.fromisoformat(last)).days >= every_days
@@ -100,20 +107,27 @@ def align(
     config: AlignConfig,
     options: LanguageModelConfig,
     warm: bool = False,
+    due: bool = True,
 ) -> Manifest:
     """ROMA: the language model towards a click model's frozen item embeddings, over items with training rows.
 
-    With no epochs it is left out, and `lm` is returned.
+    With no epochs, or where it is not due, it is left out, and `lm` is returned.
 
     Args:
         lm: output with the language model to start from, and its head if there is one.
         model: output of the click model to align to.
         options: how the language model is trained.
         warm: take `warm_epochs` passes instead of `epochs`.
+        due: `alignment_due` of the day.
     """
     epochs = config.warm_epochs if warm and config.epochs else config.epochs
     if not epochs:
         say(f"{stage:10} left out: no epochs of alignment")
+        return lm
+    if not due:
+        say(f"{stage:10} not due: last on {lm.facts['date']}, every {config.every_days} days")
+        day.stages[stage] = lm
+        day.skipped.add(stage)
         return lm
     items = _items_with_text(day, read)
     items = most_popular(items[read.counts[items] > 0], read.counts, config.popular_share)
@@ -146,7 +160,7 @@ def align(
                 day.options.seed,
             ),
             save=_save_encoder,
-            facts={"items": len(items)},
+            facts={"items": len(items), "date": str(day.date)},
         )
         return train(training, day.plan)
 

@@ -78,7 +78,7 @@ FOUND = {
     "id": {"epoch": 2.0, "epochs": [2.0], "later": 0.5},
     "dap": {"epoch": 10.0, "once": 1.0},
     "roma": {"epoch": 6.0, "once": 2.0, "tokens": 300, "items": 10},
-    "encode": {"seconds": 4.0},
+    "encode": {"seconds": 4.0, "new": 0.25},
     "mf2": {"epoch": 2.5, "epochs": [2.5], "later": 0.75},
     "ctrl": {"epoch": 100.0, "tokens": 4000},
     "latency": {"id": np.arange(1.0, 102.0), "fused": np.arange(1.0, 102.0) * 1.5},
@@ -95,6 +95,7 @@ def test_whole_costs_add_up():
         "cela_over_id_papers_epochs": (20 + 101 + 62 + 4 + 25) / 20, "cela_over_ctrl_papers_epochs": 212 / 1020,
         "roma_over_ctrl_epoch": 0.06, "item_tokens_over_interaction_tokens": 0.075, "roma_over_ctrl_over_tokens": 0.8,
         "later_day_over_id": (6 + 2 + 4 + 0.5 + 0.75) / 8,
+        "later_day_not_aligned_over_id": (0.5 + 0.75 + 1.0) / 8,
     })  # fmt: skip
 
 

@@ -9,10 +9,11 @@ from ctrdist.datasets.synthetic import SyntheticConfig, prepare
 from ctrdist.errors import UserError
 from ctrdist.schema import Schema
 from ctrdist.storage import State
+from ctrdist.tasks.align import AlignConfig
 from ctrdist.tasks.pretrain import PretrainConfig
 from ctrdist.text_training import LanguageModelConfig
 from raycluster.day import DayOptions, latest_release, open_day
-from raycluster.stages.language import pretraining_due
+from raycluster.stages.language import align, alignment_due, pretraining_due
 
 JANUARY = [dt.date(2024, 1, day) for day in range(1, 12)]
 LM = LanguageModelConfig(name="some/model")
@@ -34,7 +35,9 @@ def options(data, tmp_path) -> DayOptions:
         pass
     with state.create("runs/2024-01-01/dap", "x", {"date": "2024-01-01", "lm": to_dict(LM)}):
         pass
-    facts = {"trained_days": ["2024-01-01", "2024-01-02"], "dap": "runs/2024-01-01/dap"}
+    with state.create("runs/2024-01-03/roma", "x", {"date": "2024-01-03"}):
+        pass
+    facts = {"trained_days": ["2024-01-01", "2024-01-02"], "dap": "runs/2024-01-01/dap", "lm": "runs/2024-01-03/roma"}
     with state.create("releases/2024-01-03", "x", facts):
         pass
     return DayOptions(data=str(data), state=state.uri, date=JANUARY[8], train_days=9, test_days=2)
@@ -74,3 +77,20 @@ def test_pretraining_is_due_for_another_language_model_or_from_scratch(options):
     config = PretrainConfig(every_days=0)
     assert pretraining_due(open_day(options), replace(LM, name="other/model"), config)
     assert pretraining_due(open_day(replace(options, from_scratch=True)), LM, config)
+
+
+@pytest.mark.parametrize(
+    ("date", "every", "warm", "due"),
+    [(3, 1, True, True), (3, 2, True, False), (4, 2, True, True), (8, 0, True, False), (3, 9, False, True)],
+)
+def test_alignment_is_due_when_its_days_are_over_and_after_pretraining(options, date, every, warm, due):
+    day = open_day(replace(options, date=JANUARY[date], train_days=date + 1))
+    assert alignment_due(day, AlignConfig(every_days=every), warm) == due
+
+
+def test_a_day_on_which_alignment_is_not_due_goes_on_with_its_language_model(options, capsys):
+    day = open_day(options)
+    lm = day.earlier("lm")
+    found = align(day, "roma", None, lm, None, AlignConfig(every_days=30), LM, warm=True, due=False)
+    assert found == lm and day.stages == {"roma": lm} and day.skipped == {"roma"}
+    assert "not due: last on 2024-01-03, every 30 days" in capsys.readouterr().out
