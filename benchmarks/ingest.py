@@ -166,13 +166,18 @@ def plain(reader: LogReader, groups: list, batch: int) -> Iterator[int]:
             yield len(collate(table.slice(start, batch), schema, catalog))
 
 
-def through_ray(reader: LogReader, groups: list, batch: int, workers: int) -> tuple[int, float, float]:
-    """The same by Ray Data, as the workers of a training get it; rows, seconds until the first batch, and in all."""
+def through_ray(
+    reader: LogReader, groups: list, batch: int, workers: int, readers: int = 0
+) -> tuple[int, float, float]:
+    """The same by Ray Data, as the workers of a training get it; rows, seconds until the first batch, and in all.
+
+    Args:
+        readers: tasks that read at once; 0 takes one a core.
+    """
     began, rows = time.time(), sum(group.rows for group in groups)
     together, _ = ingest.deal(rows, batch * workers)
-    stream = ingest.stream(
-        reader, plan_epoch(groups, batch * workers * together, None), batch * together, plan=cluster.make_plan()
-    )
+    plan = cluster.make_plan(config=cluster.PlanConfig(readers=readers))
+    stream = ingest.stream(reader, plan_epoch(groups, batch * workers * together, None), batch * together, plan=plan)
     shares = InOrder().configure({"train": stream}, workers, None, None)
     calls = [(reader, own["train"], together) for own in shares]
     counts, first, last = zip(*cluster.in_parallel(consume, calls, cpus=0), strict=True)

@@ -15,6 +15,7 @@ from ctrdist.embedding import tables_of
 from ctrdist.group import Group, attach_group
 from ctrdist.loop import make_optimizer, update, wrap
 from ctrdist.schema import Field, Schema
+from ctrdist.sharded import Store
 from ctrdist.tasks.click import ClickConfig, ClickModel
 
 SCHEMA = Schema(
@@ -30,10 +31,18 @@ class Ours:
     """The step of `ctrdist.loop` on a `ClickModel` with the defaults, from integers in memory: to find the distinct ids
     is part of it."""
 
-    def __init__(self, network: str, world: World, device: str, compile_: bool = False, group: Group | None = None):
+    def __init__(
+        self,
+        network: str,
+        world: World,
+        device: str,
+        compile_: bool = False,
+        group: Group | None = None,
+        store: Store = "auto",
+    ) -> None:
         self.group, self.device = group or Group(), device
         sizes = {"user_id": world.users, "item_id": world.items, "category": CATEGORIES, "hour": HOURS}
-        self.task = ClickModel(SCHEMA, sizes, ClickConfig(backbone=network, dim=DIM)).to(device).train()
+        self.task = ClickModel(SCHEMA, sizes, ClickConfig(backbone=network, dim=DIM), store=store).to(device).train()
         attach_group(self.task, self.group)
         if compile_:
             self.task.backbone.represent = torch.compile(self.task.backbone.represent, dynamic=False)
