@@ -11,7 +11,7 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return drop(x, self.p) if self.training and not x.is_cuda else super().forward(x)
+        return drop(x, self.p) if self.training and x.device.type == "cpu" else super().forward(x)
 
 
 def drop(x: Tensor, p: float) -> Tensor:
@@ -27,4 +27,4 @@ def quicken(module: nn.Module) -> None:
     """Put `Dropout` in the place of PyTorch's, in all of a module."""
     for name, part in list(module.named_modules()):
         if type(part) is nn.Dropout:
-            module.set_submodule(name, Dropout(part.p))
+            module.set_submodule(name, Dropout(part.p).train(part.training))

@@ -12,8 +12,9 @@ from ctrdist.dropout import Dropout
 
 SAMPLE, CHUNK = 131_072, 8_192
 """Text vectors of which mean and covariance are taken at most, and at a time."""
-FLOOR = 1e-2
-"""Least variance that a direction is taken to have, over the mean of all: few items have none in some directions."""
+FLOOR, NOTHING = 1e-2, 1e-6
+"""Variances over the mean of all: the least that a direction is taken to have, and where it says nothing, as some do
+where items are few. Such a direction is left out: no weight on it could be learnt."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,9 @@ class FuseConfig:
         dropout: after each of them.
         scale: the field's root mean square before training, LayerNorm's initial gain. An embedding starts at 0.01:
             a text field at 1 drowns the ids, which are then learnt late and badly.
-        whiten: the MLP sees text vectors with mean 0 and covariance 1 over the items. Those of a language model lie
-            along few directions; what tells two items apart is mostly in the others.
+        whiten: the MLP sees text vectors with mean 0 and covariance 1 over the items, as they are when a model is
+            made; one that goes on from an earlier day keeps what was measured then. Those of a language model lie along
+            few directions; what tells two items apart is mostly in the others.
         source: where a text vector comes from: `text`, by the language model, or `id`, the ID model's embeddings of the
             item in its place (the paper's "w/o text"), with which no stage of the language model has anything to do.
         on: what has its text: the target item and its behaviours, or only one of them; zeros stand for the other's.
@@ -88,9 +90,10 @@ class TextField(nn.Module):
             return
         mean, covariance = moments(table)
         variances, directions = np.linalg.eigh(covariance)
-        variances = np.maximum(variances, max(FLOOR * variances.mean(), np.finfo(np.float32).tiny))
+        told = variances > NOTHING * variances.mean() + 1e-12 * mean @ mean  # what rounding makes of none
+        scales = told / np.sqrt(np.where(told, np.maximum(variances, FLOOR * variances.mean()), 1.0))
         # Of all that whiten, the one that moves vectors least (ZCA): it does not depend on the directions' signs.
-        whitening = directions / np.sqrt(variances) @ directions.T
+        whitening = directions * scales @ directions.T
         self.mean.copy_(torch.from_numpy(mean))
         self.whitening.copy_(torch.from_numpy(whitening))
 

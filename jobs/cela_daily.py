@@ -56,6 +56,8 @@ class CelaOptions(DayOptions):
             raise UserError(f"--rounds {self.rounds}: at least 1")
         if self.rounds > 1 and not self.align.epochs:
             raise UserError(f"--rounds {self.rounds} without alignment (--align.epochs 0) would do one thing again")
+        if self.rounds > 1 and self.align.every_days != 1:
+            raise UserError(f"--rounds {self.rounds} aligns every day: leave --align.every-days out")
         if self.fuse.source == "id" and (self.pretrain.epochs or self.align.epochs):
             raise UserError("--fuse.source id reads no text: add --pretrain.epochs 0 --align.epochs 0")
         backbones.check(self.ctr.backbone)

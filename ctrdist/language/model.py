@@ -59,7 +59,8 @@ class LanguageModel(nn.Module):
         assert pooling in POOLINGS
         quicken(model)
         if model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(attention.NAME)
+            with source.quiet():  # a family that cannot keeps its own
+                model.set_attn_implementation(attention.NAME)
         self.model, self.tokenizer, self.pooling, self.drawn = model, tokenizer, pooling, drawn
         self.lora: LoraConfig | None = None
 

@@ -41,9 +41,12 @@ from raycluster.trainer import Training, train
 
 
 def pretraining_due(day: Day, lm: LanguageModelConfig, config: PretrainConfig) -> bool:
-    """Whether DAP is due: there is none yet of this language model, or the last one is `every_days` old."""
+    """Whether DAP is due: there is none yet of this language model, or the last one is `every_days` old. Without epochs
+    a language model that is taken as it comes stays what it is."""
     last = day.earlier("dap")
-    return last is None or last.facts["lm"] != to_dict(lm) or overdue(day, last.facts["date"], config.every_days)
+    if last is None or last.facts["lm"] != to_dict(lm):
+        return True
+    return bool(config.epochs) and overdue(day, last.facts["date"], config.every_days)
 
 
 def alignment_due(day: Day, config: AlignConfig, warm: bool) -> bool:

@@ -90,6 +90,19 @@ def test_a_loaded_model_predicts_the_same(model, batch, small_read, tmp_path, op
         assert torch.equal(moments[name], wanted)
 
 
+def test_a_fused_model_from_before_there_was_whitening(small_log, small_read, batch, tmp_path):
+    model = trained(small_log, small_read, FuseConfig(hidden=(7,), whiten=False))
+    save_click_model(model, tmp_path)
+    path = tmp_path / "model.json"
+    description = json.loads(path.read_text())
+    del description["fuse"]["whiten"]
+    path.write_text(json.dumps(description))
+    loaded = load_click_model(tmp_path, small_read[0])
+    assert loaded.fuse == model.fuse and predict(loaded, batch) == predict(model, batch)
+    with pytest.raises(UserError, match="--fuse.whiten: .* has False, not True"):
+        load_click_model(tmp_path, small_read[0], fuse=FuseConfig(hidden=(7,)))
+
+
 def test_without_optimizer_state_the_file_is_smaller(model, small_read, tmp_path):
     sizes = []
     for state in (True, False):

@@ -26,7 +26,7 @@ from ctrdist.errors import UserError
 from ctrdist.export import WEIGHTS, load_click_model, save_click_model
 from ctrdist.group import Group
 from ctrdist.items import Catalog
-from ctrdist.loop import LoopConfig, fit, make_optimizer, prefetch
+from ctrdist.loop import LoopConfig, fit, make_optimizer, prefetch, update
 from ctrdist.optim import RowAdam
 from ctrdist.schema import Field, Schema
 from ctrdist.sharded import is_collective
@@ -108,6 +108,18 @@ def trained(group: Group, backbones: list[str], options: dict[str, Any]) -> list
         out.append({"weights": whole_weights(task), "aucs": progress.valid_auc, "losses": progress.losses,
                     "best": progress.best_epoch, "records": len(records), "steps": progress.step})  # fmt: skip
     return out
+
+
+def test_gradients_are_clipped_to_a_norm():
+    def step(clip_norm: float) -> Tensor:
+        weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+        loss = (weight * torch.tensor([3.0, 0.0, 4.0])).sum()
+        update(loss, torch.optim.SGD([weight], 1.0), [], Group(), clip_norm=clip_norm)
+        return weight.detach()
+
+    torch.testing.assert_close(step(0.0), torch.tensor([-3.0, 0.0, -4.0], dtype=torch.float64))
+    torch.testing.assert_close(step(2.0), torch.tensor([-1.2, 0.0, -1.6], dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(step(9.0), torch.tensor([-3.0, 0.0, -4.0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,13 @@ def test_without_whitening_the_first_layer_reads_the_vectors_as_they_are(table):
 
 @pytest.mark.parametrize("items", [0, 1, 3])
 def test_fewer_items_than_dimensions(table, items):
-    made = field(table[: 2 + items])
-    assert made(torch.from_numpy(table[:50].astype(np.float64))).isfinite().all()
+    """What no item has to tell is left out: vectors that differ in it alone are alike."""
+    made, others = field(table[: 2 + items]), torch.from_numpy(table[31:50].astype(np.float64))
+    assert made(others).isfinite().all()
+    seen = np.vstack([table[2 : 2 + items].astype(np.float64), np.zeros((int(items == 0), WIDTH))])
+    along = np.linalg.svd(seen - seen.mean(0), full_matrices=True)[2]
+    unseen = torch.from_numpy(along[max(items - 1, 0) :])
+    torch.testing.assert_close(made(others + 50 * unseen[0]), made(others), rtol=1e-3, atol=1e-3)
 
 
 def test_a_single_layer_in_bfloat16_takes_means_off_in_full(table):

@@ -62,6 +62,7 @@ def test_no_data_option(capsys, tiny_lm):
         (["--train-days", "1"], ["--valid-days 1 leaves nothing of --train-days 1"]),
         (["--ctr.backbone", "dcnv3"], ["--ctr.backbone dcnv3: no such backbone; did you mean 'dcnv2'?"]),
         (["--rounds", "0"], ["--rounds 0: at least 1"]),
+        (["--rounds", "2", "--align.every-days", "7"], ["--rounds 2 aligns every day"]),
         (["--lm.name", "/no/such/model"], ["/no/such/model", "no such folder"]),
     ],
 )

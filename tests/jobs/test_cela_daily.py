@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file
 
 from ctrdist.backbones import BackboneConfigs, dcnv2
 from ctrdist.datasets.synthetic import SyntheticConfig, prepare
@@ -89,6 +90,13 @@ def test_the_report_has_what_others_rely_on(first_day, data, options):
     assert report["text_table"] == {"items": pq.read_table(data / "items").num_rows, "dim": 16}
     assert Path(report["release"]).name == str(FIRST)
     assert (Path(report["release"]) / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_fused_model_whitens_by_the_text_table(first_day, options):
+    state = State(options.state)
+    table = np.load(state.local(f"runs/{FIRST}/encode") / "text_table.npy").astype(np.float64)[2:]
+    mean = load_file(state.local(f"runs/{FIRST}/mf2") / "model.safetensors")["text_field.mean"]
+    np.testing.assert_allclose(mean, table.mean(0), rtol=1e-4, atol=1e-6)
 
 
 def test_bad_rows_are_set_aside_with_their_reasons(first_day):

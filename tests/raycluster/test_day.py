@@ -73,6 +73,11 @@ def test_pretraining_is_due_when_its_days_are_over(options, date, every, due):
     assert pretraining_due(day, LM, PretrainConfig(every_days=every)) == due
 
 
+def test_a_language_model_that_is_taken_as_it_comes_stays_what_it_is(options):
+    day = open_day(replace(options, date=JANUARY[9], train_days=10))
+    assert not pretraining_due(day, LM, PretrainConfig(epochs=0)) and pretraining_due(day, LM, PretrainConfig())
+
+
 def test_pretraining_is_due_for_another_language_model_or_from_scratch(options):
     config = PretrainConfig(every_days=0)
     assert pretraining_due(open_day(options), replace(LM, name="other/model"), config)
