@@ -141,5 +141,12 @@ def _sha256(data: str, path: str, _size: int, _time: int) -> str:
 def _beside(vectors: np.ndarray, probabilities: np.ndarray, rows: int) -> pa.Table:
     """What stands beside `rows` rows: `vector` and `probability`."""
     assert len(vectors) == len(probabilities) == rows, (len(vectors), rows)
-    lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1])
+    with np.errstate(over="ignore"):
+        half = vectors.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise UserError(
+            f"representations of up to {np.abs(vectors).max():.3g} do not fit into float16: the layers on the language "
+            "model have grown too large; lower --m-llm.lr or raise --m-llm.weight-decay"
+        )
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(half.ravel()), vectors.shape[1])
     return pa.table({"vector": lists, "probability": pa.array(probabilities.astype(np.float32))})

@@ -100,7 +100,10 @@ def run(options: ElecOptions) -> None:
 def elec(day: Day, options: ElecOptions) -> dict:
     """All stages, in order; returns the report."""
     read, days, text, m_llm, represented, pair = train(day, options)
-    backbone = train_click(day, "backbone", read, options.ctr, start=day.earlier("backbone"))
+    start = (
+        None if starts_anew(day, options) else day.earlier("backbone")
+    )  # as the pair does: what is compared is alike
+    backbone = train_click(day, "backbone", read, options.ctr, start=start, days=days)
 
     models = {"backbone": (backbone, None)}
     if m_llm:
@@ -113,15 +116,19 @@ def elec(day: Day, options: ElecOptions) -> dict:
     return report
 
 
+def starts_anew(day: Day, options: ElecOptions) -> bool:
+    """Whether the states mean something else than on the day before, as those of another language model: all networks
+    then learn the whole window anew."""
+    return day.previous is not None and day.previous.facts["representation"] != options.representation()
+
+
 def train(
     day: Day, options: ElecOptions
 ) -> tuple[Read, Days, Manifest | None, Manifest | None, Manifest | None, Manifest]:
     """The stages up to the served model: what was read, the days trained on, texts, M-LLM, its representations and the
     pair."""
     options.text.check(day.schema)
-    meaning = options.representation()
-    # States of another language model mean something else: all that reads them then learns the whole window anew.
-    anew = day.previous is not None and day.previous.facts["representation"] != meaning
+    anew = starts_anew(day, options)
     read = read_log(day, whole_window=anew)
     days = day.window.train if anew else read.train
 

@@ -120,9 +120,10 @@ class Encoder:
         self.padding, self.width = model.tokenizer.pad_token_id or 0, model.width
         dtype = torch.bfloat16 if use_bfloat16(config.precision, self.device) else torch.float32
         dtype = torch.float64 if config.precision == "float64" else dtype
-        self.model = model.eval().requires_grad_(False).to(self.device)
-        for parameter in self.model.parameters():  # and no buffers: rotary frequencies would lose the positions
+        model = model.eval().requires_grad_(False)
+        for parameter in model.parameters():  # and no buffers: rotary frequencies would lose the positions
             parameter.data = parameter.data.to(dtype)  # once: autocast does it for every batch
+        self.model = model.to(self.device)  # turned before: a GPU need not have room for float32
         self.budget = config.tokens_per_batch or BUDGET.get(self.device.type, BUDGET["cpu"])
 
     @torch.inference_mode()

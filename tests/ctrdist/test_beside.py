@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ctrdist.batch import collate
-from ctrdist.beside import PROBABILITY, BesideLog
+from ctrdist.beside import PROBABILITY, BesideLog, _beside
 from ctrdist.encode import VECTOR
 from ctrdist.epoch import plan_epoch, plan_pass, read_chunk
 from ctrdist.errors import UserError
@@ -125,3 +125,10 @@ def test_what_does_not_fit_is_refused(beside: BesideLog, small_log: Path):
         beside.read(RowGroup(day, path, 0, 5), ["vector"])
     with pytest.raises(UserError, match="nothing there beside .*/part-9.parquet; run the job again"):
         beside.read(RowGroup(day, path.replace("part-0", "part-9"), 0, 8), ["vector"])
+
+
+def test_representations_beyond_float16_are_refused():
+    fits = _beside(np.full((2, 3), 60_000.0), np.zeros(2), 2)
+    assert np.isfinite(fits["vector"].combine_chunks().flatten().to_numpy()).all()
+    with pytest.raises(UserError, match=r"up to 7e\+04 do not fit into float16"):
+        _beside(np.full((2, 3), 70_000.0), np.zeros(2), 2)
