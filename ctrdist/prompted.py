@@ -27,8 +27,10 @@ LM, WEIGHTS, DESCRIPTION = "lm", "prompted.safetensors", "prompted.json"
 
 
 def rates(ctr: ClickConfig, config: PromptedConfig) -> ClickConfig:
-    """A CTR model's options with the learning rates that it has beside a language model."""
-    return replace(ctr, lr=config.lr or ctr.lr, table_lr=config.table_lr or ctr.table_lr)
+    """A CTR model's options with the learning rates that it has beside a language model. Pre-training hides no id: only
+    words are masked (section 3.3)."""
+    hidden = 0.0 if isinstance(config, PromptPretrainConfig) else ctr.unknown_share
+    return replace(ctr, lr=config.lr or ctr.lr, table_lr=config.table_lr or ctr.table_lr, unknown_share=hidden)
 
 
 def pretraining_task(

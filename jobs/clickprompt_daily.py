@@ -6,7 +6,7 @@ together (with PLM), evaluates these and the backbone alone on the same test row
 without a language model. A run for the next day starts from the day before; a run that was cut off goes on.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ctrdist import backbones
 from ctrdist.config import to_dict
@@ -57,7 +57,7 @@ class ClickPromptOptions(DayOptions):
         """Raise a UserError for what can be known to be wrong before anything is read."""
         backbones.check(self.ctr.backbone)
         check_model(self.lm.name, head=self.pretrain.epochs > 0)
-        check_prompts(self.lm.name)
+        check_prompts(self.lm.name, self.prompts)
 
     def batch_sizes(self) -> dict[str, int]:
         """Rows of a global batch, by option."""
@@ -69,8 +69,10 @@ class ClickPromptOptions(DayOptions):
         return Prompted(self.ctr, self.lm, self.prompts)
 
     def meaning(self) -> str:
-        """Fingerprint of what pre-training makes, besides the rows: with another one it is done again."""
-        parts = (self.lm, self.text, self.prompts, self.pretrain)
+        """Fingerprint of what pre-training makes, besides the rows: with another one it is done again. When it is due,
+        and how it fits the memory, are not in it."""
+        pretrain = replace(self.pretrain, every_days=PromptPretrainConfig.every_days, chunk=0)
+        parts = (replace(self.lm, gradient_checkpointing=False), self.text, self.prompts, pretrain)
         return fingerprint(source.identity(self.lm.name), *map(to_dict, parts), self.finetune.prompts)
 
 
@@ -83,7 +85,9 @@ def run(options: ClickPromptOptions) -> None:
 def clickprompt(day: Day, options: ClickPromptOptions) -> dict:
     """All stages, in order; returns the report."""
     due, read, days, said, pretrained, without = train(day, options)
-    backbone = train_click(day, "backbone", read, options.ctr, start=day.earlier("backbone"))
+    # The backbone starts anew with those that it is compared with: what differs is pre-training alone.
+    alone = None if due else day.earlier("backbone")
+    backbone = train_click(day, "backbone", read, options.ctr, start=alone, days=days, warm=not due)
     start = pretrained if due else day.earlier("with_plm")
     both = finetune(day, read, said, options.parts(), options.finetune, start, days, warm=not due)
 

@@ -79,9 +79,7 @@ class PromptedLanguageModel(nn.Module):
     def __init__(self, language_model: LanguageModel, config: PromptConfig) -> None:
         super().__init__()
         base = language_model.base
-        _check_family(language_model.tokenizer.name_or_path, base.config.model_type)
-        if config.shift_positions and getattr(base.config, "is_encoder_decoder", False):
-            raise UserError(f"prompts.shift_positions: not for {base.config.model_type}, which takes no positions")
+        _check_family(language_model.tokenizer.name_or_path, base.config, config)
         base.set_attn_implementation(_ATTENTION)
         self.language_model, self.config = language_model, config
         name = SELF_ATTENTION[base.config.model_type]
@@ -252,14 +250,18 @@ class PromptWriter(nn.Module):
         return written.unflatten(2, self.shape[1:])
 
 
-def check_prompts(name: str) -> None:
-    """Raise the UserError of `PromptedLanguageModel` for a model whose family reads no prompts; no weights are read."""
+def check_prompts(name: str, config: PromptConfig) -> None:
+    """Raise the UserError of `PromptedLanguageModel` for a model whose family reads no such prompts; no weights are
+    read."""
     folder = source.fetch(name)
     with source.quiet():
-        _check_family(name, AutoConfig.from_pretrained(folder).model_type)
+        _check_family(name, AutoConfig.from_pretrained(folder), config)
 
 
-def _check_family(name: str, family: str) -> None:
+def _check_family(name: str, model: Any, config: PromptConfig) -> None:
+    family = model.model_type
+    if config.shift_positions and getattr(model, "is_encoder_decoder", False):
+        raise UserError(f"prompts.shift_positions: not for {family}, which takes no positions")
     if family not in SELF_ATTENTION:
         raise UserError(
             f"language model '{name}': {family} reads no prompts; take one of {_known()}. {source.DEFAULT} is a bert"

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from ctrdist.config import to_dict
 from ctrdist.language import source
 from ctrdist.language.encode import Source
-from ctrdist.language.model import LanguageModel, draws_head
+from ctrdist.language.model import draws_head, load_tokenizer
 from ctrdist.language.prompts import PromptConfig
 from ctrdist.optim import Precision
 from ctrdist.prompted import finetuning_task, pretraining_task, rates, save_prompted
@@ -66,7 +66,7 @@ def tokens(day: Day, read: Read, lm: str, prompts: PromptConfig, config: RowText
     # With shifted positions the language model has `count` tokens less to read.
     room = config.max_length
     if prompts.shift_positions:
-        room = min(room, LanguageModel.load(lm).tokenizer.model_max_length - prompts.count)
+        room = min(room, load_tokenizer(lm).model_max_length - prompts.count)
     tokenizer = Source(lm).tokenizer(room)
     inputs = fingerprint(read.identity, tokenizer.fingerprint, to_dict(config))
 

@@ -174,7 +174,10 @@ def test_what_is_trained_from_what(case: str, options, monkeypatch):
     JOB.clickprompt(day, options)
     alone, together = called["without_plm"][1], called["finetune"]
     facts = called["release"][0][4]
-    assert called["backbone"][1]["start"] == "earlier backbone" and facts["meaning"] == options.meaning()
+    assert facts["meaning"] == options.meaning()
+    beside = called["backbone"][1]
+    assert (beside["days"], beside["warm"]) == (alone["days"], alone["warm"]), "the backbone is trained alike"
+    assert beside["start"] == ("earlier backbone" if alone["warm"] else None)
     if case in ("goes on", "without"):
         assert "pretrain" not in called and facts["pretrained"] == "2024-01-01"
         assert (alone["start"], alone["days"], alone["warm"]) == ("earlier clickprompt", ("new",), True)
@@ -186,9 +189,21 @@ def test_what_is_trained_from_what(case: str, options, monkeypatch):
     assert list(called["release"][0][2]) == ["clickprompt"]
 
 
+def test_pretraining_means_the_same_whenever_it_is_due_and_however_it_fits_the_memory(options):
+    later = replace(options.pretrain, every_days=30, chunk=8)
+    same = replace(options, pretrain=later, lm=replace(options.lm, gradient_checkpointing=True))
+    other = replace(options, pretrain=replace(options.pretrain, mask_probability=0.3))
+    assert same.meaning() == options.meaning() != other.meaning()
+
+
 def test_what_makes_no_sense_is_refused_before_anything_is_read(options, lm_family):
     other = replace(options, lm=LanguageModelConfig(name=str(lm_family("modernbert"))))
     with pytest.raises(UserError, match="modernbert reads no prompts; take one of bert"):
         JOB.run(other)
+    shifted = replace(
+        options, lm=LanguageModelConfig(name=str(lm_family("bart"))), prompts=PromptConfig(shift_positions=True)
+    )
+    with pytest.raises(UserError, match="prompts.shift_positions: not for bart"):
+        JOB.run(shifted)
     with pytest.raises(UserError, match="no such backbone; did you mean 'dcnv2'"):
         JOB.run(replace(options, ctr=replace(options.ctr, backbone="dcnv3")))

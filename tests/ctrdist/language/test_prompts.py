@@ -325,10 +325,10 @@ def test_other_families_are_refused(lm_family, family):
 
 
 def test_a_configuration_tells_whether_prompts_are_read(folder, tmp_path):
-    check_prompts(str(folder))
+    check_prompts(str(folder), PromptConfig())
     DistilBertConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="distilbert reads no prompts"):
-        check_prompts(str(tmp_path))
+        check_prompts(str(tmp_path), PromptConfig())
 
 
 @pytest.mark.parametrize("drops", [("prompts",), ("prompts", "watch")])

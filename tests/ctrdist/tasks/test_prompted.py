@@ -414,3 +414,9 @@ def test_without_the_language_model_it_is_the_plain_backbone(tiny_lm: Path, tmp_
 def test_options_that_make_no_sense_are_refused(make: Any, message: str):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_pretraining_hides_no_id_and_finetuning_as_many_as_the_backbone():
+    ctr = replace(CTR, unknown_share=0.2)
+    assert rates(ctr, PromptPretrainConfig()).unknown_share == 0.0
+    assert rates(ctr, PromptFinetuneConfig(lr=0.5)) == replace(ctr, lr=0.5, table_lr=ctr.table_lr)
