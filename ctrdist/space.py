@@ -114,6 +114,8 @@ def _parse(text: str, named: dict[str, str]) -> Dimension:
     field, kind, inner = found[1].replace("-", "_"), found[2], found[3]
     parts = [part.strip() for part in inner.split(",")] if inner.strip() else []
     if kind == "choice":
+        if "[" in inner:
+            raise UserError(f"--space {text}: choice takes single values; sweep once for each list")
         values = tuple(yaml.safe_load(part) for part in parts)
         if len(set(map(str, values))) < max(len(values), 2) or "" in parts:
             raise UserError(f"--space {text}: choice takes two values or more, each once, such as choice(1,3,5)")

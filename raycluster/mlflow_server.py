@@ -24,8 +24,17 @@ FIRST_CONTACT = 10.0
 PATIENCE = 120.0
 """Seconds that `patiently` goes on trying."""
 _PARAMS_PER_REQUEST, _METRICS_PER_REQUEST = 100, 1000
-_REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+_REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
 """Error codes of MLflow for what no other try will change."""
+_NO_SUCH_DATA = re.compile(r"sqlalche\.me/e/\w+/(9h9h|gkpj)\)")
+"""How SQLAlchemy signs a DataError or an IntegrityError: the database cannot hold the value. MLflow gives these the
+code BAD_REQUEST, as it does for a connection that is lost."""
+
+
+def refused(error: Exception) -> bool:
+    """Whether MLflow will say the same at every other try."""
+    code = getattr(error, "error_code", "")
+    return code in _REFUSED or (code == "BAD_REQUEST" and _NO_SUCH_DATA.search(str(error)) is not None)
 
 
 def masked(uri: str) -> str:
@@ -110,9 +119,16 @@ class Server:
                         f"the MLflow experiment {name!r} at {self.shown} was deleted: bring it back with "
                         f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or choose another name"
                     )
-                made = found.experiment_id if found else self.client.create_experiment(name, self._location)
-                self._experiments[name] = made
+                self._experiments[name] = found.experiment_id if found else self._make_experiment(name)
             return self._experiments[name]
+
+    def _make_experiment(self, name: str) -> str:
+        try:
+            return self.client.create_experiment(name, self._location)
+        except Exception as error:  # of MLflow, which is imported late
+            if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return self.client.get_experiment_by_name(name).experiment_id  # another job was faster
 
     def first_contact(self, experiment: str) -> bool:
         """Whether it answers within a few seconds; if not, a warning says so. SQLite is waited for.
@@ -213,7 +229,7 @@ class Server:
             elif run in self.runs:  # else it was refused
                 getattr(self, f"_{kind}")(self.runs[run], record)
         except Exception as error:
-            if getattr(error, "error_code", "") not in _REFUSED:
+            if not refused(error):
                 raise ConnectionError(self._reason(error)) from error
             if len(entries := record.get("metrics", [])) > 1:  # one of them may be to blame
                 for entry in entries:

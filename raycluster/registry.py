@@ -13,6 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from ctrdist import serving
+from ctrdist.errors import UserError
 from ctrdist.export import SERVES, load_click_model, save_click_model
 from ctrdist.gate import refused
 from ctrdist.log import read_row_group
@@ -208,9 +209,21 @@ def signature(day: Day, release: ServedModel) -> Any:
 
 
 def example_rows(day: Day, release: ServedModel, rows: int = 5) -> pd.DataFrame:
-    """A few test rows without nulls, with the columns that scoring needs; those with a history first."""
-    table = _first_rows(day).select(release.columns)
-    frame = table.to_pandas().dropna()
+    """A few test rows without nulls, with the columns that scoring needs; those with a history first.
+
+    Raises:
+        UserError: no test row is without nulls.
+    """
+    for group in day.groups(day.window.test):
+        table = read_row_group(day.options.data, group, day.schema).slice(0, 1000).select(release.columns)
+        frame = table.to_pandas().dropna()
+        if len(frame):
+            break
+    else:
+        raise UserError(
+            f"{day.options.data}: every test row lacks a value in one of {', '.join(release.columns)}, so that no row "
+            "can show that the released model scores as it should; fill the column, or leave it out of schema.yaml"
+        )
     if HISTORY in frame:
         frame = frame.loc[frame[HISTORY].str.len().sort_values(ascending=False, kind="stable").index]
     return frame.head(rows).reset_index(drop=True)

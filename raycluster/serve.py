@@ -37,6 +37,10 @@ PARTS = ("user", "context", "history", "candidates")
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
 
 
+WRONG_REQUEST = (UserError, TypeError, pa.ArrowException)
+"""What scoring raises for what is wrong with a request; anything else is the server's fault."""
+
+
 class Model(Protocol):
     """What scores rows: a release."""
 
@@ -84,12 +88,12 @@ class Loaded:
                 raise UserError(f"{name}: missing; the model needs it of the user or the context")
         return pa.table(columns)
 
-    def score(self, tables: list[pa.Table]) -> list[np.ndarray | str]:
-        """Probabilities of each table's rows, those of like columns in one go; or what is wrong with a table."""
+    def score(self, tables: list[pa.Table]) -> list[np.ndarray | Exception]:
+        """Probabilities of each table's rows, those of like columns in one go; or why a table cannot be scored."""
         alike: dict[str, list[int]] = {}
         for number, table in enumerate(tables):
             alike.setdefault(table.schema.to_string(), []).append(number)
-        scores: list[np.ndarray | str] = [""] * len(tables)
+        scores: list[np.ndarray | Exception] = [ValueError()] * len(tables)
         for numbers in alike.values():
             try:
                 together = self.model.predict(pa.concat_tables([tables[number] for number in numbers]))
@@ -97,7 +101,7 @@ class Loaded:
                 if len(numbers) > 1:  # one of them is to blame
                     each = [self.score([tables[number]])[0] for number in numbers]
                 else:
-                    each = [str(error) or type(error).__name__]
+                    each = [error]
             else:
                 each = np.split(together, np.cumsum([tables[number].num_rows for number in numbers])[:-1])
             for number, one in zip(numbers, each, strict=True):
@@ -188,19 +192,22 @@ class Ranker:
         except (ValueError, TypeError, pa.ArrowException) as error:  # not JSON, or not what it should hold
             return JSONResponse({"error": str(error)}, status_code=400)
         scores, version = await self.score((loaded, table))
-        if isinstance(scores, str):
-            return JSONResponse({"error": scores}, status_code=400)
+        if isinstance(scores, WRONG_REQUEST):
+            return JSONResponse({"error": str(scores) or type(scores).__name__}, status_code=400)
+        if isinstance(scores, Exception):
+            log.error("version %s does not score a request", version, exc_info=scores)
+            return JSONResponse({"error": "the model failed; its log says how"}, status_code=500)
         self.candidates.inc(table.num_rows)
         self.latency.observe(time.monotonic() - began)
         return JSONResponse({"probabilities": scores.tolist(), "version": version})
 
     @serve.batch
-    async def score(self, requests: list[tuple[Loaded, pa.Table]]) -> list[tuple[np.ndarray | str, str]]:
-        """Scores of each request, by the version that served when it came, and that version.
+    async def score(self, requests: list[tuple[Loaded, pa.Table]]) -> list[tuple[np.ndarray | Exception, str]]:
+        """Scores of each request, or why there are none, by the version that served when it came, and that version.
 
         A thread computes, so that the next batch can gather meanwhile.
         """
-        answers: list[tuple[np.ndarray | str, str]] = [("", "")] * len(requests)
+        answers: list[tuple[np.ndarray | Exception, str]] = [(ValueError(), "")] * len(requests)
         for version in dict.fromkeys(loaded for loaded, _ in requests):
             numbers = [number for number, (loaded, _) in enumerate(requests) if loaded is version]
             scores = await asyncio.to_thread(version.score, [requests[number][1] for number in numbers])

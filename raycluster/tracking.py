@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ctrdist.errors import UserError
 from ctrdist.storage import State, filesystem, fingerprint
 from raycluster.journal import Journal
 from raycluster.mlflow_server import Server
@@ -169,6 +170,8 @@ class Tracker:
         if waiting := self.journal.flush(seconds):
             trouble = self.journal.trouble or f"no answer in {seconds:.0f} s"
             raise self.server.gone(f"{trouble}; {waiting:,} records wait in {self.journal.folder}")
+        if run_id not in self.server.runs:
+            raise UserError(f"MLflow at {self.server.shown} refused this run: the warnings before say why")
         return self.server.runs[run_id]
 
     def close(self, seconds: float = LAST_WAIT) -> int:

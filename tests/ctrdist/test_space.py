@@ -71,6 +71,7 @@ def test_the_papers_ranges_have_names_and_are_all_taken_where_none_is_given():
         ("rounds=randint(1.5,3)", "takes whole numbers"),
         ("part.kind=choice(dot,dots)", "did you mean 'dot'"),
         ("part.rate=choice(1)", "two values or more"),
+        ("part.kind=choice([64,32],[128])", "choice takes single values"),
         ("part.rate=choice(1,1)", "two values or more, each once"),
         ("part.batch_size=choice(8,16)", "a batch size is not swept.* --part.batch-size"),
         ("data=choice(a,b)", "data is no hyper-parameter"),

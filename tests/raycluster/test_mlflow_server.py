@@ -18,10 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
+from sqlalchemy import exc
 
 from ctrdist.errors import UserError
 from raycluster import journal, mlflow_server
-from raycluster.mlflow_server import Server
+from raycluster.mlflow_server import Server, refused
 from raycluster.tracking import Tracker
 
 
@@ -114,6 +117,24 @@ def test_what_the_server_refuses_is_left_out_with_a_warning(tmp_path, database, 
     tracker.log_metrics(run, {"auc": 0.7})
     assert tracker.client.get_run(tracker.id_of(run)).data.metrics == {"auc": 0.7}
     assert "MLflow refuses" in caplog.text and tracker.close() == 0
+
+
+@pytest.mark.parametrize(("kind", "final"), [
+    (exc.DataError, True), (exc.IntegrityError, True), (exc.InterfaceError, False), (exc.OperationalError, False),
+])  # fmt: skip
+def test_what_a_database_cannot_hold_is_refused_for_good_and_a_lost_connection_is_not(kind, final):
+    found = MlflowException(str(kind("INSERT ...", {}, Exception("value too long"))), error_code=BAD_REQUEST)
+    assert found.error_code == "BAD_REQUEST" and refused(found) == final
+    assert not refused(MlflowException(str(exc.TimeoutError("no connection")), error_code=BAD_REQUEST))
+
+
+def test_an_experiment_that_another_job_makes_meanwhile_is_taken(tmp_path, database, monkeypatch):
+    shutil.copy(database, tmp_path / "mlflow.db")
+    server = Server.of(None, tmp_path)
+    made, look = server.client.create_experiment("daily"), server.client.get_experiment_by_name
+    answers = iter([lambda name: None, look])
+    monkeypatch.setattr(server.client, "get_experiment_by_name", lambda name: next(answers)(name))
+    assert server.experiment("daily") == made
 
 
 def test_patience_ends_in_an_error_that_says_what_to_do(monkeypatch):
