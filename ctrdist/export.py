@@ -70,8 +70,7 @@ def load_click_model(
     """
     description = json.loads((folder / DESCRIPTION).read_text())
     saved = from_dict(ClickConfig(), description["config"], str(folder / DESCRIPTION))
-    fuse_ = description["fuse"] and {"whiten": False} | description["fuse"]  # before there was whitening
-    saved_fuse = fuse_ and from_dict(FuseConfig(), fuse_, str(folder / DESCRIPTION))
+    saved_fuse = description["fuse"] and from_dict(FuseConfig(), description["fuse"], str(folder / DESCRIPTION))
     wanted = [(f"--ctr.{name}", saved, config, name) for name in ("backbone", "dim", "widths", "networks")]
     wanted += [(f"--fuse.{name}", saved_fuse, fuse, name) for name in ("hidden", "whiten", "source", "on")]
     for option, mine, other, name in wanted:

@@ -27,8 +27,8 @@ class FuseConfig:
         scale: the field's root mean square before training, LayerNorm's initial gain. An embedding starts at 0.01:
             a text field at 1 drowns the ids, which are then learnt late and badly.
         whiten: the MLP sees text vectors with mean 0 and covariance 1 over the items, as they are when a model is
-            made; one that goes on from an earlier day keeps what was measured then. Those of a language model lie along
-            few directions; what tells two items apart is mostly in the others.
+            made; one that goes on from an earlier day keeps what was measured then. It helps some logs and hurts others
+            (docs/cela.md): try it on days of your own.
         source: where a text vector comes from: `text`, by the language model, or `id`, the ID model's embeddings of the
             item in its place (the paper's "w/o text"), with which no stage of the language model has anything to do.
         on: what has its text: the target item and its behaviours, or only one of them; zeros stand for the other's.
@@ -38,7 +38,7 @@ class FuseConfig:
     hidden: tuple[int, ...] = (64,)
     dropout: float = 0.2
     scale: float = 0.1
-    whiten: bool = True
+    whiten: bool = False
     source: Literal["text", "id"] = "text"
     on: Literal["both", "target", "behaviours"] = "both"
     frozen: bool = False

@@ -59,7 +59,7 @@ def trained(small_log: Path, small_read, fuse: FuseConfig | None) -> ClickModel:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=[None, FuseConfig(hidden=(7,), dropout=0.1)], ids=["id", "fused"])
+@pytest.fixture(scope="module", params=[None, FuseConfig(hidden=(7,), dropout=0.1, whiten=True)], ids=["id", "fused"])
 def model(request, small_log, small_read) -> ClickModel:
     return trained(small_log, small_read, request.param)
 
@@ -100,7 +100,7 @@ def test_a_fused_model_from_before_there_was_whitening(small_log, small_read, ba
     loaded = load_click_model(tmp_path, small_read[0])
     assert loaded.fuse == model.fuse and predict(loaded, batch) == predict(model, batch)
     with pytest.raises(UserError, match="--fuse.whiten: .* has False, not True"):
-        load_click_model(tmp_path, small_read[0], fuse=FuseConfig(hidden=(7,)))
+        load_click_model(tmp_path, small_read[0], fuse=FuseConfig(hidden=(7,), whiten=True))
 
 
 def test_without_optimizer_state_the_file_is_smaller(model, small_read, tmp_path):

@@ -85,7 +85,7 @@ def click_model(
     options = {"dim": 4, "lr": 0.01, "table_lr": 0.02, "unknown_share": 0.0} | options
     config = ClickConfig(backbone=backbone, networks=networks, **options)
     dropout = 0.0 if networks is DRY else 0.2
-    return ClickModel(SCHEMA, SIZES, config, text, FuseConfig(dropout=dropout, scale=1.0), seed=seed)
+    return ClickModel(SCHEMA, SIZES, config, text, FuseConfig(dropout=dropout, scale=1.0, whiten=True), seed=seed)
 
 
 LOOP = LoopConfig(STEPS, epochs=2, schedule="linear", warmup=0.2, clip_norm=0.5, precision="float64")

@@ -81,7 +81,7 @@ def rows(count: int = 40, seed: int = 1) -> pa.Table:
 def made(folder: Path, name: str, text: bool, schema: Schema = SCHEMA, fuse: FuseConfig | None = None, **config):
     """A release of a random network and its artifact, `folder / "serving"`, and what made them."""
     encoders, catalog = world(schema)
-    fuse = (fuse or FuseConfig(hidden=(7,), scale=1.0)) if text else None
+    fuse = (fuse or FuseConfig(hidden=(7,), scale=1.0, whiten=True)) if text else None
     options = ClickConfig(backbone=name, dim=4, **config)
     model = ClickModel(schema, table_sizes(encoders, schema), options, TEXT if text else 0, fuse, seed=3)
     with torch.no_grad():
