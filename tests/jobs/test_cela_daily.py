@@ -53,7 +53,8 @@ def options(data, tiny_lm):
         ctr=ClickConfig(unknown_share=0.0, backbone="dcnv2", epochs=2, batch_size=256, dim=8,
                         networks=BackboneConfigs(dcnv2=dcnv2.Config(hidden=(16,), dropout=0.0))),
         pretrain=PretrainConfig(max_length=16), align=AlignConfig(epochs=1, max_length=16, batch_size=32),
-        encode=EncodeConfig(max_length=16, shard_items=16, precision="float32"), fuse=FuseConfig(dropout=0.0, whiten=True),
+        encode=EncodeConfig(max_length=16, shard_items=16, precision="float32"),
+        fuse=FuseConfig(dropout=0.0, whiten=True),
     )  # fmt: skip
 
 
