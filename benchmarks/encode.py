@@ -3,9 +3,10 @@
 Same weights, same texts, same cut of them. `st` is sentence-transformers' `encode` as users call it, `st_bf16` the same
 in bfloat16 at several batch sizes, the best of which counts, `loop` our encoder in one process, tokenising included,
 and `ray` the whole path of the job, from texts in a state to a checked table. Each runs in a process of its own, all
-in turns and under the same settings of the C allocator; the median counts. Of `ray` the speed is that from when each
-actor has done a shard: they take seconds to start, once a table. A peak is the best rate of a sweep of square products
-in the same run, and work counts on real tokens, padding not counted. Vectors must agree with `st` to a cosine of .999.
+in turns and under the same settings of the C allocator; the median counts. Of `ray` the speed is that from the first
+shard's begin to the last one's end: actors take seconds to start, once a table, and `whole_s` has those as well. A peak
+is the best rate of a sweep of square products in the same run, and work counts on real tokens, padding not counted.
+Vectors must agree with `st` to a cosine of .999.
 
 sentence-transformers is measured where it is installed: `pip install -e '.[peers]'`.
 """
@@ -159,7 +160,6 @@ def through_ray(options: Options, folder: str, texts: list[str]) -> tuple:
     cluster.connect()
     plan = cluster.make_plan()
     plan = replace(plan, threads=max(1, (options.threads or len(os.sched_getaffinity(0))) // plan.workers))
-    done: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory() as scratch:
         state, item = State(scratch), Field(ITEM_ID)
         table = pa.table({ITEM_ID: np.arange(len(texts)), "text": texts})
@@ -169,16 +169,9 @@ def through_ray(options: Options, folder: str, texts: list[str]) -> tuple:
             build_catalog(table, ids, schema, {ITEM_ID: Vocabulary()}).save(out / "catalog")
             ItemTexts.write(out / "texts.arrow", table, ids, schema)
         began = time.perf_counter()
-        note = lambda count, _: done.append((time.perf_counter(), count))
-        made = encode_items(state, "table", Source(folder), "texts", encoding(options), plan, "", progress=note)
-        seconds = time.perf_counter() - began
-        vectors = np.array(load_text_table(state.local("table"))[2:])
-    # When each actor has done one shard none has a part of another behind it. Shards come longest first: count tokens.
-    (first, before), (last, _) = done[min(plan.workers, len(done)) - 1], done[-1]
-    lengths = -np.sort(-np.diff(Source(folder).tokenizer(options.max_length)(texts).offsets))
-    left = lengths[before:].sum() / lengths.sum()
-    more = {"whole_s": seconds, "start_s": done[0][0] - began, "device": made.facts["device"]}
-    return ((last - first) / left if left > 0 else seconds), vectors, more
+        made = encode_items(state, "table", Source(folder), "texts", encoding(options), plan, "")
+        more = {"whole_s": time.perf_counter() - began, "device": made.facts["device"]}
+        return made.facts["encoders_seconds"], np.array(load_text_table(state.local("table"))[2:]), more
 
 
 def encoding(options: Options) -> EncodeConfig:

@@ -8,6 +8,7 @@ encoded. Tasks on CPUs tokenise ahead of the actors (`ctrdist.language.encode.Sh
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import ray
@@ -48,7 +49,8 @@ def encode_items(
 ) -> Manifest:
     """Encode all items into output `output`, a text table by catalog row (`ctrdist.text_table`).
 
-    Its facts count `items`, and of these the ones whose vector was `copied` from an earlier table, or `encoded`.
+    Its facts count `items`, and of these the ones whose vector was `copied` from an earlier table, or `encoded`;
+    `encode_seconds` is all that it took, `encoders_seconds` from the first shard's begin to the last one's end.
 
     Args:
         texts: output that holds the catalog and `texts.arrow`.
@@ -64,7 +66,7 @@ def encode_items(
     if not len(items):
         raise UserError(f"{state.path(texts)}: no items to encode")
     hashes, made_by, shards = item_texts.hashes(items), model.fingerprint(config), f"{output}.shards"
-    known, devices = TextVectors(hashes), set()
+    known, shards_done = TextVectors(hashes), []
     copied = _add_tables(known, state, previous, made_by)
     _add_shards(known, state, shards, made_by)
     missing = known.missing
@@ -73,14 +75,16 @@ def encode_items(
         missing = missing[np.argsort(-item_texts.lengths(items[missing]), kind="stable")]
         done, total = len(known.hashes) - len(missing), len(known.hashes)
         work = Work(texts, items[missing], hashes[missing], model.tokenizer(config.max_length))
-        for count, device in _encode(work, state, f"{shards}/{made_by}", model, config, plan):
-            devices.add(device)
-            done += count
+        for shard in _encode(work, state, f"{shards}/{made_by}", model, config, plan):
+            shards_done.append(shard)
+            done += int(shard["items"])
             if progress:
                 progress(done, total)
         _add_shards(known, state, shards, made_by)
     facts = {"model": made_by, "items": len(items), "rows": len(items), "copied": copied}
-    facts |= {"encoded": len(items) - copied, "device": ", ".join(sorted(devices))}
+    facts |= {"encoded": len(items) - copied, "device": ", ".join(sorted({shard["device"] for shard in shards_done}))}
+    began_at, ended_at = ([float(shard[name]) for shard in shards_done] or [0.0] for name in ("began", "ended"))
+    facts["encoders_seconds"] = max(ended_at) - min(began_at)
     with state.create(output, inputs, facts) as folder:
         table = create_text_table(folder, len(item_texts), known.dim, config.table)
         known.fill(table, items)
@@ -115,8 +119,8 @@ def _add_shards(known: TextVectors, state: State, folder: str, made_by: str) -> 
 
 def _encode(
     work: Work, state: State, shards: str, model: Source, config: EncodeConfig, plan: Plan
-) -> Iterator[tuple[int, str]]:
-    """Encode texts into shards of the state; yields the number of texts and the device of each, as it is written."""
+) -> Iterator[dict[str, Any]]:
+    """Encode texts into shards of the state; yields what `ShardEncoder` says of each, as it is written."""
     size = config.shard_items or (16384 if plan.gpus else 1024)
     size = min(size, -(-len(work) // (4 * plan.encoders)))  # some for each encoder, so that they end together
     count = -(-len(work) // size)
@@ -148,4 +152,4 @@ def _encode(
     for row in encoded.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
-        yield int(row["items"]), row["device"]
+        yield row

@@ -5,6 +5,7 @@ a GPU the loop never waits for a batch that it has just sent there: it fetches t
 """
 
 import hashlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,8 +214,10 @@ class ShardEncoder:
         """Encode texts (`tokens_to_arrow`).
 
         Returns:
-            One value each: how many `items`, on what `device`, and an `error` that the user can act on, "" for none.
+            One value each: how many `items`, on what `device`, when encoding `began` and `ended` (seconds since 1970),
+            and an `error` that the user can act on, "" for none.
         """
+        began = time.time()
         hashes, tokens = tokens_from_arrow(batch)
         said = ""
         try:
@@ -224,5 +227,6 @@ class ShardEncoder:
                     np.save(folder / VECTORS, self.encoder.encode(tokens))
         except UserError as error:  # as Ray Data passes it on, an exception has lost what it was
             said = str(error)
-        values = {"items": len(hashes), "device": self.encoder.device.type, "error": said}
+        values = {"items": len(hashes), "device": self.encoder.device.type, "began": began, "ended": time.time()}
+        values["error"] = said
         return {name: np.array([value]) for name, value in values.items()}

@@ -86,7 +86,7 @@ def _encode(work: Any, state: Any, shards: str, model: Any, config: Any, plan: c
     assert_names_no_path_of_ours((work, model, config))
     encoder = ShardEncoder(model, config, state.uri, shards, plan.threads)
     done = encoder(tokens_to_arrow(work.hashes, tokens_of(state.uri, work.texts, work.tokenizer, work.rows)))
-    yield int(done["items"][0]), str(done["device"][0])
+    yield {name: value[0] for name, value in done.items()}
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def in_process(work: Work, state: State, shards: str, model: Source, config: Enc
     for start in range(0, len(work), config.shard_items):
         part = slice(start, start + config.shard_items)
         said = actor(tokens_to_arrow(work.hashes[part], work.tokenizer(texts.take(work.rows[part]))))
-        yield int(said["items"][0]), said["device"][0]
+        yield {name: value[0] for name, value in said.items()}
 
 
 @pytest.fixture
@@ -105,6 +105,7 @@ def test_every_item_has_its_row(through_ray, tiny_lm, tmp_path):
     made, said = through_ray()
     check(state, made, tiny_lm, texts, ids)
     assert made.facts["copied"] == 0 and made.facts["device"] == "cpu" and made.facts["dim"] == 16
+    assert 0 < made.facts["encoders_seconds"] < made.facts["encode_seconds"]
     distinct = len(set(texts.values()))
     assert said[-1] == (distinct, distinct) and len(said) >= 8
     assert sorted(done for done, _ in said) == [done for done, _ in said]
@@ -123,7 +124,7 @@ def test_only_what_changed_is_encoded(run, tiny_lm, tmp_path):
     distinct = len(set(later.values()))
     assert said == [(distinct, distinct)]
     again, said = run("table_3", "later", previous=[made])
-    assert again.facts["encoded"] == 0 and not said
+    assert again.facts["encoded"] == again.facts["encoders_seconds"] == 0 and not said
     check(state, again, tiny_lm, later, grown)
     other, _ = run("table_4", "later", previous=[made], config=replace(CONFIG, max_length=8))
     assert other.facts["copied"] == 0 and other.facts["model"] != made.facts["model"]

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -130,8 +132,10 @@ def test_a_shard_is_named_by_what_is_in_it(tiny_lm, tmp_path):
     hashes, tokens = np.arange(1, 59, dtype=np.uint64), source(tiny_lm).tokenizer(16)(TEXTS)
     table = tokens_to_arrow(hashes, tokens)
     for _ in range(2):
-        said = actor(table)
-    assert {name: value.tolist() for name, value in said.items()} == {"items": [58], "device": ["cpu"], "error": [""]}
+        before = time.time()
+        said = {name: value.item() for name, value in actor(table).items()}
+        assert before <= said.pop("began") <= said.pop("ended") <= time.time()
+    assert said == {"items": 58, "device": "cpu", "error": ""}
     assert actor(table.slice(0, 0))["items"].tolist() == [0]
     (name,) = state.names("out.shards")
     assert name.startswith("out.shards/model-")
