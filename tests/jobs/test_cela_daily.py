@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from ctrdist.backbones import BackboneConfigs, dcnv2
@@ -25,6 +26,7 @@ from ctrdist.tasks.pretrain import PretrainConfig
 from ctrdist.text_field import FuseConfig
 from ctrdist.text_training import LanguageModelConfig
 from jobs import cela_daily as JOB
+from raycluster.stages import language
 
 FIRST, SECOND = dt.date(2024, 1, 4), dt.date(2024, 1, 5)
 
@@ -68,8 +70,17 @@ def first_day(ray_cluster, options) -> dict:
 
 @pytest.fixture(scope="module")
 def second_day(first_day, options, run_here) -> dict:
-    run_here(JOB.run, replace(options, date=SECOND, rounds=2, workers=1))
-    return json.loads((Path(options.state) / "releases" / str(SECOND) / "report.json").read_text())
+    aligned_to, real = [], language.item_embeddings
+
+    def item_embeddings(state: State, read: str, model: str) -> torch.Tensor:
+        aligned_to.append(model)
+        return real(state, read, model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "item_embeddings", item_embeddings)
+        run_here(JOB.run, replace(options, date=SECOND, rounds=2, workers=1))
+    report = json.loads((Path(options.state) / "releases" / str(SECOND) / "report.json").read_text())
+    return report | {"aligned_to": aligned_to}
 
 
 def rows_of(data: Path, *days: int) -> int:
@@ -186,6 +197,7 @@ def test_the_next_day_starts_from_the_day_before(second_day, data, options):
     assert report["rows"]["train"] == rows_of(data, 4)
     assert report["stages"]["dap"]["skipped"] and not report["stages"]["roma"]["skipped"]
     assert list(report["stages"])[-4:] == ["roma_2", "encode_2", "mf2_2", "evaluate"]
+    assert report["aligned_to"] == [f"runs/{SECOND}/id", f"runs/{SECOND}/mf2"]
     old, new = (load_encoders(state.local(f"runs/{date}/read") / "vocabulary") for date in (FIRST, SECOND))
     for name in old:
         assert new[name].size >= old[name].size

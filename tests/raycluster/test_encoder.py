@@ -169,18 +169,19 @@ def test_a_run_cut_off_leaves_no_gap_and_no_double(run, tiny_lm, tmp_path, monke
     assert not list((Path(state.uri) / "table.shards").glob("*"))
 
 
-def test_actors_that_die_are_replaced(through_ray, tiny_lm, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("encoders", "moment"), [(1, "written"), (2, "half-written")])
+def test_actors_that_die_are_replaced(through_ray, tiny_lm, tmp_path, monkeypatch, encoders, moment):
     state, texts = State(tmp_path), world(40)
     ids = write(state, "texts", texts)
-    (tmp_path / "alive").touch()
+    (tmp_path / "alive").write_text(moment)
     monkeypatch.setattr(encoder, "ShardEncoder", Mortal)
-    made, _ = through_ray(plan=replace(PLAN, encoders=1))
+    made, _ = through_ray(plan=replace(PLAN, encoders=encoders))
     assert not (tmp_path / "alive").exists()
     check(state, made, tiny_lm, texts, ids)
 
 
 class Mortal:
-    """A ShardEncoder whose process dies once, after it has written a shard and before it says so."""
+    """A ShardEncoder of which one process dies once: with a shard half-written, or written but not reported."""
 
     def __init__(self, **arguments) -> None:
         from ctrdist.language.encode import ShardEncoder as Whole
@@ -188,11 +189,19 @@ class Mortal:
         self.inner, self.alive = Whole(**arguments), Path(arguments["state"]) / "alive"
 
     def __call__(self, batch):
+        if self.dies("half-written"):  # the hashes are there by then, the vectors are not
+            self.inner.encoder.encode = lambda _tokens: os._exit(1)
         said = self.inner(batch)
-        if self.alive.exists():
-            self.alive.unlink()
+        if self.dies("written"):
             os._exit(1)
         return said
+
+    def dies(self, moment: str) -> bool:
+        """Whether it is this process's turn: who takes the file away."""
+        try:
+            return self.alive.read_text() == moment and self.alive.rename(self.alive.with_name("dead")) is not None
+        except FileNotFoundError:
+            return False
 
 
 def test_no_items_are_an_error(run, tmp_path):

@@ -108,6 +108,31 @@ def test_gradient_caching_changes_no_gradient(lm_family, family: str, options: d
     assert any(value.any() for name, value in expected.items() if "." in name)
 
 
+def test_gradient_caching_keeps_one_chunk_of_activations(tiny_lm: Path):
+    """Bytes that a forward pass keeps for its backward pass: as many for 7 texts, two by two, as for two alone."""
+
+    def most(rows: slice, chunk: int) -> int:
+        task, alive, peak = task_of(tiny_lm, chunk=chunk), 0, 0
+
+        class Kept:
+            def __init__(self, tensor: Tensor) -> None:
+                nonlocal alive, peak
+                self.tensor, alive = tensor, alive + tensor.nbytes
+                peak = max(peak, alive)
+
+            def __del__(self) -> None:
+                nonlocal alive
+                alive -= self.tensor.nbytes
+
+        batch = batch_of(task, rows)
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            task(batch)["loss"].backward()
+        return peak
+
+    alone, cached, plain = most(slice(0, 2), 0), most(slice(None), 2), most(slice(None), 0)
+    assert cached < 1.5 * alone < plain
+
+
 def test_gradient_caching_draws_the_same_dropout_twice(lm_family):
     task, step = task_of(lm_family("bert"), chunk=3).double(), 1e-5
     weight, batch = task.language_model.model.cls.predictions.bias, batch_of(task)
@@ -173,6 +198,41 @@ def test_learns(tiny_lm: Path):
         losses.append(out["mlm"].item())
     first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
     assert first == pytest.approx(math.log(task.vocabulary.size), rel=0.1) and last < first - 0.3
+
+
+def test_held_out_items_end_the_training(tiny_lm: Path):
+    task = task_of(tiny_lm, lr=5e-3)
+    train, held = batch_of(task, slice(0, 3)), batch_of(task, slice(3, 7))
+    seen = []
+
+    def valid():
+        seen.append({name: value.clone() for name, value in task.state_dict().items()})
+        return iter([held])
+
+    progress = fit(task, lambda first: iter([train] * (160 - first)), LoopConfig(4, epochs=40, patience=3), valid=valid)
+    found = [loss for _, loss in progress.valid_loss]
+    best = min(range(len(found)), key=found.__getitem__)
+    assert len(found) < 40 and progress.best_epoch == best + 1 == len(found) - 3 and progress.finished
+    for name, value in seen[best].items():
+        assert torch.equal(task.state_dict()[name], value), name
+
+
+def test_trains_in_bfloat16(lm_family):
+    """Products in bfloat16, weights and what is optimised in float32: it learns as float32 does."""
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        task = task_of(lm_family("minilm"), lr=2e-3)
+        seen, batch = [], batch_of(task)
+        task.register_forward_hook(lambda _m, _i, out, seen=seen: seen.append(out["loss"].item()))
+        kinds = set()
+        layer = next(m for m in task.modules() if isinstance(m, torch.nn.Linear))
+        layer.register_forward_hook(lambda _m, _i, out, kinds=kinds: kinds.add(out.dtype))
+        fit(task, lambda first, batch=batch: iter([batch] * (60 - first)), LoopConfig(60, precision=precision))
+        assert kinds == {getattr(torch, precision)}
+        assert all(value.dtype == torch.float32 for value in task.parameters())
+        losses[precision] = sum(seen[-5:]) / 5
+        assert losses[precision] < 0.6 * seen[0]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.3)
 
 
 def test_parameter_groups_name_each_parameter_once(tiny_lm: Path):
