@@ -48,9 +48,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without-text": {"without_text": True},
     "without-clid": {"clid_weight": 0.0},
     "without-mse": {"mse_weight": 0.0},
+    "share-embeddings": {"share_embeddings": True},
 }
 """What each variant changes of `distill`."""
-METRICS = ("auc", "log_loss", "auc_cold")
+METRICS = ("auc", "log_loss", "auc_cold", "calibration_error")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Options:
         lms: what ELEC reads with: `plain`, the language model as it comes; `dap`, after CELA's pre-training on the
             items' texts; `first-3`, its first three layers, or another number; `random`, one like it that has learnt
             nothing; or another one, by name or folder.
-        variants: of ELEC, with the first of `lms`.
+        variants: of ELEC, with the first of `lms`: those of the paper's table 3, and `share-embeddings`.
         seeds: one backbone, and one pair for each language model and variant.
         processes: networks at a time, a thread each; 0 is one a core.
         keep: folder for what is done; a temporary one if not given.
@@ -129,11 +130,12 @@ class ElecStudy(Study):
     def m_llm(self, lm: str) -> Manifest:
         """The layers on a language model, and the rows' representations."""
         options, config = self.options, self.options.encode
-        items = read_items(self.data, self.log.schema)
-        texts = by_catalog_row(item_texts(items, self.log.schema, options.text), items, self.log.catalog.ids)
-        log = replace(self.log, texts=texts).with_texts_of(options.log.share)
         name, known = self.language_model(lm)
-        encode = partial(language.encode, log, Source(name, pooling="mean"), config)
+        source, items = Source(name, pooling="mean"), read_items(self.data, self.log.schema)
+        texts = item_texts(items, self.log.schema, options.text, source.tokenizer(config.max_length))
+        log = replace(self.log, texts=by_catalog_row(texts, items, self.log.catalog.ids))
+        log = log.with_texts_of(options.log.share)
+        encode = partial(language.encode, log, source, config)
         states = self.stage("states", known, to_dict(config), log.text_fingerprint, make=encode)
 
         def make(out: Path) -> dict[str, Any]:
@@ -166,8 +168,8 @@ def row(model: str, lm: str, variant: str, seed: int, facts: dict[str, Any]) -> 
 
 
 def lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows summed up over their seeds: `model`, `lm`, `variant`; `auc`, `log_loss`, `auc_cold` and `ms_a_step` [seeds];
-    of a vanilla network, `gain_...` over the backbone of the same seed and `p_...` of a paired t-test."""
+    """Rows summed up over their seeds: `model`, `lm`, `variant`; each of `METRICS`, and `ms_a_step` [seeds]; of a
+    vanilla network, `gain_...` over the backbone of the same seed and `p_...` of a paired t-test."""
     names, out = (*METRICS, "ms_a_step"), []
     for key in dict.fromkeys((r["model"], r["lm"], r["variant"]) for r in rows):
         own = sorted((r for r in rows if (r["model"], r["lm"], r["variant"]) == key), key=lambda r: r["seed"])
@@ -183,15 +185,17 @@ def lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def show(found: list[dict[str, Any]], title: str) -> None:
     """The table for people: means over the seeds and their standard deviations."""
     table = Table(title=title)
-    for name in ("model", "LM", "variant", "AUC", "log loss", "AUC cold", "gain", "p", "gain cold", "p", "ms a step"):
-        table.add_column(name, justify="left" if name in ("model", "LM", "variant") else "right")
+    for name in ("model", "LM", "variant"):
+        table.add_column(name)
+    for name in ("AUC", "log loss", "AUC cold", "ECE", "gain", "p", "gain cold", "p", "ms a step"):
+        table.add_column(name, justify="right")
     for line in found:
         shown = [f"{line[name].mean():.4f} ± {spread(line[name]):.4f}" for name in METRICS]
         for name in ("auc", "auc_cold"):
             gain = line.get(f"gain_{name}")
             shown += ["", ""] if gain is None else [f"{gain.mean():+.4f}", f"{line[f'p_{name}']:.3f}"]
         table.add_row(line["model"], line["lm"], line["variant"], *shown, f"{line['ms_a_step'].mean():.1f}")
-    Console(width=140).print(table)
+    Console(width=160).print(table)
 
 
 def ratios(found: list[dict[str, Any]]) -> dict[str, float]:

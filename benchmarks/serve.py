@@ -185,10 +185,10 @@ class Server:
     def states(self) -> Callable[[pa.Table], Tensor]:
         """The language model: a request -> the states [candidates, width] of its texts, float32."""
         options, items = self.options, read_items(self.data, self.schema)
-        sides = item_sides(items, self.schema, options.text)
-        fields, free = (by_catalog_row(side, items, self.catalog.ids) for side in sides)
         source = Source(options.lm, pooling="mean")
         tokens, encoder = source.tokenizer(options.encode.max_length), Encoder(source.load(), options.encode)
+        sides = item_sides(items, self.schema, options.text, tokens)
+        fields, free = (by_catalog_row(side, items, self.catalog.ids) for side in sides)
 
         def read(request: pa.Table) -> Tensor:
             rows, at = raw_fields(request, self.schema), request[ITEM].to_numpy()

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctrdist.errors import UserError, nearest
+from ctrdist.language.tokenizer import TextTokenizer
 from ctrdist.schema import Field, Schema
 from ctrdist.texts import TEXT, join_texts
 
@@ -23,13 +24,13 @@ class TextConfig:
         leave_out: fields that nothing is said of, such as ids that tell a language model nothing.
         item_text: where the item's free text stands, `last` or `first`. The language model reads `encode.max_length`
             tokens: what comes last is cut.
-        item_words: words of the free text that are read; 0 takes all.
+        item_tokens: tokens of the free text that are read, cut after a whole word; 0 takes all.
     """
 
     template: str = "{field} is {value}."
     leave_out: tuple[str, ...] = ()
     item_text: Literal["last", "first"] = "last"
-    item_words: int = 0
+    item_tokens: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -38,8 +39,8 @@ class TextConfig:
             raise UserError(f"text.template: '{self.template}': {error}; write {{field}} is {{value}}.") from None
         if not {"value"} <= names <= {"field", "value"}:
             raise UserError(f"text.template: '{self.template}': expected {{value}}, and {{field}} where it is wanted")
-        if self.item_words < 0:
-            raise UserError(f"text.item_words: {self.item_words} is under 0; 0 takes all")
+        if self.item_tokens < 0:
+            raise UserError(f"text.item_tokens: {self.item_tokens} is under 0; 0 takes all")
 
     def check(self, schema: Schema) -> None:
         """Raise a UserError for a field to leave out that the schema does not have."""
@@ -70,13 +71,18 @@ def free_parts(schema: Schema) -> list[str]:
     return [part for part in schema.text if named[part] - fields]
 
 
-def item_sides(items: pa.Table, schema: Schema, config: TextConfig) -> tuple[pa.Array, pa.Array]:
-    """What is said of each item's fields, and its free text: large_string [rows] each."""
+def item_sides(
+    items: pa.Table, schema: Schema, config: TextConfig, tokenizer: TextTokenizer
+) -> tuple[pa.Array, pa.Array]:
+    """What is said of each item's fields, and its free text: large_string [rows] each.
+
+    Args:
+        tokenizer: counts the tokens of the free text, where `config` limits them.
+    """
     fields = join_texts(items, config.parts(schema.item))
     free = join_texts(items, free_parts(schema))
-    if config.item_words:
-        words = pc.utf8_split_whitespace(free, max_splits=config.item_words)
-        free = pc.binary_join(pc.list_slice(words, 0, config.item_words), pa.scalar(" ", TEXT))
+    if config.item_tokens:
+        free = pa.array(tokenizer.shorten(free.to_pylist(), config.item_tokens), TEXT)
     return fields, free
 
 
@@ -90,9 +96,9 @@ def compose(parts: list[pa.Array], free: pa.Array, config: TextConfig) -> pa.Arr
     return pc.utf8_trim_whitespace(pc.binary_join_element_wise(*ended, empty))
 
 
-def item_texts(items: pa.Table, schema: Schema, config: TextConfig) -> pa.Array:
-    """The text of each item by itself: large_string [rows]."""
-    fields, free = item_sides(items, schema, config)
+def item_texts(items: pa.Table, schema: Schema, config: TextConfig, tokenizer: TextTokenizer) -> pa.Array:
+    """The text of each item by itself: large_string [rows]. Arguments as of `item_sides`."""
+    fields, free = item_sides(items, schema, config, tokenizer)
     return compose([fields], free, config)
 
 

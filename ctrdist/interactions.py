@@ -17,13 +17,16 @@ from ctrdist.encode import TEXT_ROW
 from ctrdist.errors import UserError
 from ctrdist.interaction_text import TextConfig, interaction_texts, item_sides
 from ctrdist.items import Catalog, ItemTexts, by_catalog_row, text_hashes
+from ctrdist.language.tokenizer import TextTokenizer
 from ctrdist.log import RowGroup, find_faults
 from ctrdist.schema import ITEM_ID, Schema
+from ctrdist.texts import TEXT
 
 TEXTS, HASHES, SIDES, OPTIONS = "texts.arrow", "hashes.npy", "sides.arrow", "text.json"
 
 Texts = tuple[np.ndarray, pa.Array]
 """Hashes, uint64 [n], ascending and distinct, and the texts, large_string [n]."""
+NONE: Texts = np.empty(0, np.uint64), pa.array([], TEXT)
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,16 @@ class Interactions:
     hashes: np.ndarray
 
     @classmethod
-    def of(cls, items: pa.Table, schema: Schema, catalog: Catalog, config: TextConfig) -> "Interactions":
-        """For the rows of a log with these items (`ctrdist.items.read_items`)."""
-        fields, free = (by_catalog_row(side, items, catalog.ids) for side in item_sides(items, schema, config))
-        return cls((fields, free), schema, catalog, config, np.empty(0, np.uint64))
+    def of(
+        cls, items: pa.Table, schema: Schema, catalog: Catalog, config: TextConfig, tokenizer: TextTokenizer
+    ) -> "Interactions":
+        """For the rows of a log with these items (`ctrdist.items.read_items`); `tokenizer` as of `item_sides`."""
+        sides = item_sides(items, schema, config, tokenizer)
+        fields, free = (by_catalog_row(side, items, catalog.ids) for side in sides)
+        return cls((fields, free), schema, catalog, config, NONE[0])
 
-    def save(self, folder: Path, texts: Texts) -> None:
-        """Write it with the texts of all rows."""
+    def save(self, folder: Path, texts: Texts = NONE) -> None:
+        """Write it, with the texts of all rows where these are gathered."""
         np.save(folder / HASHES, texts[0])
         ItemTexts.write_column(folder / TEXTS, texts[1])
         table = pa.table(dict(zip(("fields", "free"), self.sides, strict=True)))

@@ -90,7 +90,7 @@ class RowTexts:
         own, its = _spoken(schema.row_fields, config), _spoken(schema.item, config)
         texts = [_sorted(found) for found in zip(*said, strict=True)] if own else []
         at, columns = catalog.ids.lookup(items[ITEM_ID], ITEM_ID), []
-        free = pa.table({FREE_TEXT: item_sides(items, schema, config)[1]})
+        free = pa.table({FREE_TEXT: item_sides(items, schema, config, tokenizer)[1]})
         sides = [(items[name], part, name) for name, part in its] + [(free[FREE_TEXT], f"{{{FREE_TEXT}}}", FREE_TEXT)]
         for side in sides:
             distinct_, codes = say(*side)

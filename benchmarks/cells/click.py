@@ -14,7 +14,7 @@ from benchmarks.cells.log import COLD, Log
 from ctrdist.config import to_dict
 from ctrdist.export import load_click_model
 from ctrdist.loop import LoopConfig, fit
-from ctrdist.metrics import auc, log_loss
+from ctrdist.metrics import auc, calibration, calibration_error, log_loss
 from ctrdist.storage import State
 from ctrdist.tasks import Task
 from ctrdist.tasks.click import ClickConfig, ClickModel
@@ -93,7 +93,7 @@ def train_click(
 
 @torch.inference_mode()
 def score(log: Log, model: Task, text_table: np.ndarray | None = None) -> dict[str, float]:
-    """`auc`, `log_loss`, and `auc_cold` of rows of cold items, on the test rows."""
+    """`auc`, `log_loss`, `calibration_error`, and `auc_cold` of rows of cold items, on the test rows."""
     batches = log.batches(log.test, 4096, text_table=text_table)
     device = next(model.parameters()).device
     scores = np.concatenate([model.predict(batch.to(device)).cpu().numpy() for batch in batches])
@@ -102,6 +102,7 @@ def score(log: Log, model: Task, text_table: np.ndarray | None = None) -> dict[s
     return {
         "auc": auc(label, scores),
         "log_loss": log_loss(label, scores),
+        "calibration_error": calibration_error(calibration(label, scores)),
         "auc_cold": auc(label[cold], scores[cold]),
     }
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from ctrdist.errors import UserError
 from ctrdist.items import Ragged
 
 if TYPE_CHECKING:
@@ -57,6 +58,29 @@ class TextTokenizer:
             return token_ids(self.content, texts, self.limit)
         return columnar([found.ids for found in _ready(self.content).encode_batch_fast(texts)])
 
+    def shorten(self, texts: list[str], count: int) -> list[str]:
+        """The beginning of each text: as many whole words as make at most `count` tokens, special ones not counted. Of
+        a first word that is longer, its own first tokens.
+
+        Raises:
+            UserError: the tokenizer is none of the library `tokenizers`, so that it does not tell where tokens stand.
+        """
+        if not isinstance(self.content, str):
+            raise UserError(
+                f"{type(self.content).__name__} does not tell where in a text its tokens stand; --text.item-tokens 0, "
+                "or a language model with a fast tokenizer"
+            )
+        tokenizer, out = _ready(self.content, whole=True), []
+        for text, found in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+            if len(found) > count:
+                words, offsets = found.word_ids, found.offsets
+                end = next((end for end in range(count, 0, -1) if words[end - 1] != words[end]), count)
+                while end and offsets[end - 1][1] > offsets[end][0]:  # amid the bytes of a character
+                    end -= 1
+                text = text[: offsets[end - 1][1]].rstrip() if end else ""
+            out.append(text)
+        return out
+
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change with any text's tokens."""
@@ -67,8 +91,11 @@ class TextTokenizer:
 
 
 @lru_cache(maxsize=2)
-def _ready(content: str) -> Tokenizer:
-    return Tokenizer.from_str(content)
+def _ready(content: str, whole: bool = False) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(content)
+    if whole:
+        tokenizer.no_truncation()
+    return tokenizer
 
 
 def columnar(ids: list[list[int]]) -> Ragged:

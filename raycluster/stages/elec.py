@@ -4,7 +4,7 @@ import datetime as dt
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from ctrdist.interaction_text import TextConfig, item_texts
 from ctrdist.interactions import Interactions, Texts, merged
 from ctrdist.items import ItemTexts, by_catalog_row
 from ctrdist.language.encode import EncodeConfig, Source
+from ctrdist.language.tokenizer import TextTokenizer
 from ctrdist.log import RowGroup, find_faults, read_row_group
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.click import ClickConfig, table_sizes
@@ -69,13 +70,13 @@ def encode_interactions(
     """
     parts = granularity, to_dict(text), to_dict(config), [str(d) for d in days]
     inputs = fingerprint(read.identity, model.fingerprint(config), *parts)
-    name = texts_of(day.name("encode", inputs))
+    name, tokenizer = texts_of(day.name("encode", inputs)), model.tokenizer(config.max_length)
     with day.alone(name):
         if granularity == "item":
-            texts = item_text_output(day, read, text, name)
+            texts = item_text_output(day, read, text, tokenizer, name)
             numbered = catalog_rows(day.state, read.output.name)
         else:
-            texts = interaction_output(day, read, text, days, name)
+            texts = interaction_output(day, read, text, tokenizer, days, name)
             numbered = np.arange(texts.facts["rows"]), texts.identity
     return encode_stage(day, "encode", texts.name, model, config, inputs, numbered)
 
@@ -91,45 +92,46 @@ def texts_of(encoded: str) -> str:
     return f"{encoded}.texts"
 
 
-def item_text_output(day: Day, read: Read, config: TextConfig, name: str) -> Manifest:
+def item_text_output(day: Day, read: Read, config: TextConfig, tokenizer: TextTokenizer, name: str) -> Manifest:
     """The text of each item, by catalog row, as output `name`."""
-    inputs = fingerprint("item", read.output.identity, to_dict(config))
+    inputs = fingerprint("item", read.output.identity, to_dict(config), tokenizer.fingerprint)
     if day.state.find(name, inputs) is None:
         _, _, catalog = _reader(day, read).open()
         items = pq.read_table(day.state.local(read.output.name) / ITEMS)
         with day.state.create(name, inputs, {"rows": items.num_rows}) as folder:
-            texts = by_catalog_row(item_texts(items, day.schema, config), items, catalog.ids)
+            texts = by_catalog_row(item_texts(items, day.schema, config, tokenizer), items, catalog.ids)
             ItemTexts.write_column(folder / "texts.arrow", texts)
     return day.state.find(name)
 
 
-def interaction_output(day: Day, read: Read, config: TextConfig, days: Days, name: str) -> Manifest:
+def interaction_output(
+    day: Day, read: Read, config: TextConfig, tokenizer: TextTokenizer, days: Days, name: str
+) -> Manifest:
     """The distinct texts of all rows of `days_used`, as output `name`."""
     used = days_used(day, days)
-    inputs = fingerprint("interaction", read.identity, to_dict(config), [str(d) for d in used])
+    parts = to_dict(config), tokenizer.fingerprint, [str(d) for d in used]
+    inputs = fingerprint("interaction", read.identity, *parts)
     if day.state.find(name, inputs) is None:
         reader = _reader(day, read)
         _, _, catalog = reader.open()
         items = pq.read_table(day.state.local(read.output.name) / ITEMS)
-        made = Interactions.of(items, day.schema, catalog, config)
+        made, sides = Interactions.of(items, day.schema, catalog, config, tokenizer), f"{name}.sides"
+        with day.state.create(sides, inputs) as folder:  # made once, for all tasks
+            made.save(folder)
         groups = {(group.path, group.index): group for group in read.groups(used)}  # a split's are of the same rows
-        calls = [(reader, group, config) for group in groups.values()]
+        calls = [(reader, sides, group) for group in groups.values()]
         texts = merged(in_parallel(_distinct_texts, calls, cpus=0.5))
         say(f"encode     {len(texts[0]):,} distinct texts of {read.total(used):,} interactions")
         with day.state.create(name, inputs, {"rows": len(texts[0])}) as folder:
             made.save(folder, texts)
+        day.state.remove(sides)
     return day.state.find(name)
 
 
-def _distinct_texts(reader: LogReader, group: RowGroup, config: TextConfig) -> Texts:
-    return _sides(reader, config).distinct(group, read_row_group(reader.data, group, reader.open()[0]))
-
-
-@lru_cache(maxsize=2)
-def _sides(reader: LogReader, config: TextConfig) -> Interactions:
+def _distinct_texts(reader: LogReader, sides: str, group: RowGroup) -> Texts:
     schema, _, catalog = reader.open()
-    items = pq.read_table(State(reader.state).local(reader.output) / ITEMS)
-    return Interactions.of(items, schema, catalog, config)
+    made = Interactions.load(State(reader.state).local(sides), schema, catalog)
+    return made.distinct(group, read_row_group(reader.data, group, schema))
 
 
 def _reader(day: Day, read: Read, text: Manifest | None = None, granularity: Granularity = "item") -> LogReader:

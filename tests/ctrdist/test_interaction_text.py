@@ -4,8 +4,11 @@ import pytest
 
 from ctrdist.errors import UserError
 from ctrdist.interaction_text import TextConfig, free_parts, interaction_texts, item_sides, item_texts
+from ctrdist.language.tokenizer import TextTokenizer
 from ctrdist.schema import Field, Schema
+from tests.conftest import build_tokenizer
 
+TOKENIZER = TextTokenizer.of(build_tokenizer("bert"), 512)
 SCHEMA = Schema(
     user=(Field("user_id"), Field("gender")),
     item=(Field("item_id"), Field("genres", "multi"), Field("year")),
@@ -24,7 +27,7 @@ ROWS = pa.table({"user_id": ["u1", "u2", "u1"], "gender": ["female", None, "male
 
 def test_every_field_with_a_value_and_then_the_free_text():
     assert free_parts(SCHEMA) == ["{title}.", "{year}, {story}"]
-    assert item_texts(ITEMS, SCHEMA, TextConfig()).to_pylist() == [
+    assert item_texts(ITEMS, SCHEMA, TextConfig(), TOKENIZER).to_pylist() == [
         "item_id is a. genres is war, love. year is 1999. Old Sea. 1999, two dogs and  one cat",
         "item_id is b.",
         "item_id is c. year is 2001. New {House}.",
@@ -32,7 +35,7 @@ def test_every_field_with_a_value_and_then_the_free_text():
 
 
 def test_interactions_say_user_context_and_item():
-    sides = item_sides(ITEMS, SCHEMA, TextConfig())
+    sides = item_sides(ITEMS, SCHEMA, TextConfig(), TOKENIZER)
     assert interaction_texts(ROWS, np.array([2, 1, 2]), sides, SCHEMA, TextConfig()).to_pylist() == [
         "user_id is u1. gender is female. hour is 7. item_id is c. year is 2001. New {House}.",
         "user_id is u2. hour is 8. item_id is b.",
@@ -42,14 +45,14 @@ def test_interactions_say_user_context_and_item():
 
 def test_template_order_length_and_fields_are_the_users():
     config = TextConfig(
-        template="<{field}={{{value}}}>", leave_out=("item_id", "user_id"), item_text="first", item_words=4
+        template="<{field}={{{value}}}>", leave_out=("item_id", "user_id"), item_text="first", item_tokens=17
     )
-    assert item_texts(ITEMS, SCHEMA, config).to_pylist() == [
+    assert item_texts(ITEMS, SCHEMA, config, TOKENIZER).to_pylist() == [
         "Old Sea. 1999, two <genres={war, love}> <year={1999}>",
         "",
         "New {House}. <year={2001}>",
     ]
-    texts = interaction_texts(ROWS, np.array([0, 1, 1]), item_sides(ITEMS, SCHEMA, config), SCHEMA, config)
+    texts = interaction_texts(ROWS, np.array([0, 1, 1]), item_sides(ITEMS, SCHEMA, config, TOKENIZER), SCHEMA, config)
     assert texts.to_pylist() == [
         "Old Sea. 1999, two <gender={female}> <hour={7}> <genres={war, love}> <year={1999}>",
         "<hour={8}>",
@@ -63,7 +66,7 @@ def test_template_order_length_and_fields_are_the_users():
         ({"template": "{field}"}, "text.template: .* expected {value}"),
         ({"template": "{field} {worth}"}, "text.template"),
         ({"template": "{value"}, "text.template: .*expected"),
-        ({"item_words": -1}, "text.item_words: -1"),
+        ({"item_tokens": -1}, "text.item_tokens: -1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict, match: str):

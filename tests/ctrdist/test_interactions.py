@@ -12,9 +12,12 @@ from ctrdist.errors import UserError
 from ctrdist.interaction_text import TextConfig
 from ctrdist.interactions import Interactions, merged
 from ctrdist.items import ItemTexts, read_items, text_hashes
+from ctrdist.language.tokenizer import TextTokenizer
 from ctrdist.log import find_faults, list_days, list_row_groups, read_row_group
 from ctrdist.scan import with_good_rows
+from tests.conftest import build_tokenizer
 
+TOKENIZER = TextTokenizer.of(build_tokenizer("bert"), 512)
 CONFIG = TextConfig(leave_out=("user_id", "tags", "item_id", "hour"), template="{field} {value}")
 
 
@@ -23,10 +26,13 @@ def gathered(small_log: Path, small_read, tmp_path: Path):
     """Interactions of the small log, whose row groups say much the same; the row groups, and each one's good rows."""
     schema, _, catalog = small_read
     data, files = str(small_log), list_days(str(small_log))
-    made = Interactions.of(read_items(data, schema), schema, catalog, CONFIG)
+    made = Interactions.of(read_items(data, schema), schema, catalog, CONFIG, TOKENIZER)
     groups = list_row_groups(data, files, tuple(files), schema)
     tables = [read_row_group(data, group, schema) for group in groups]
     good = [np.flatnonzero(find_faults(t, g.day, catalog) == 0) for g, t in zip(groups, tables, strict=True)]
+    (tmp_path / "sides").mkdir()
+    made.save(tmp_path / "sides")  # as the tasks that gather texts have it
+    made = Interactions.load(tmp_path / "sides", schema, catalog)
     made.save(tmp_path, merged(made.distinct(g, t) for g, t in zip(groups, tables, strict=True)))
     return Interactions.load(tmp_path, schema, catalog), groups, tables, good
 
@@ -56,7 +62,7 @@ def test_a_row_of_which_nothing_is_said_has_the_empty_text_and_a_number_for_it(s
     silent = TextConfig(leave_out=("user_id", "tags", "item_id", "hour", "genres", "studio"))
     items = read_items(data, schema)
     items = items.set_column(items.column_names.index("title"), "title", pa.nulls(items.num_rows, pa.string()))
-    made = Interactions.of(items, schema, catalog, silent)
+    made = Interactions.of(items, schema, catalog, silent, TOKENIZER)
     group = list_row_groups(data, files, tuple(files), schema)[0]
     rows = read_row_group(data, group, schema)
     assert set(made.texts(rows).to_pylist()) == {""}

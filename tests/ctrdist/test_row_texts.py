@@ -60,8 +60,10 @@ def test_rows_read_what_their_whole_sentences_say(
     read = [read_chunk(str(small_log), c, schema, vocabularies, catalog, (), texts.numbers) for c in chunks]
     assert read[-1]["filler"].to_pylist().count(True) == chunks[-1].fillers > 0
     items = read_items(str(small_log), schema)
-    sides = tuple(by_catalog_row(side, items, catalog.ids) for side in item_sides(items, schema, CONFIGS[name]))
     tokenizer = texts.tokenizer.tokenizer
+    sides = tuple(
+        by_catalog_row(side, items, catalog.ids) for side in item_sides(items, schema, CONFIGS[name], tokenizer)
+    )
     expected = []
     for table, rows in zip(tables, good, strict=True):
         at = catalog.ids.lookup(table["item_id"], "item_id")

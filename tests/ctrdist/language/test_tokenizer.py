@@ -1,4 +1,5 @@
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from ctrdist.errors import UserError
 from ctrdist.items import Ragged
 from ctrdist.language.model import load_tokenizer
 from ctrdist.language.tokenizer import (
@@ -30,7 +32,9 @@ def byte_pairs(folder) -> str:
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"]))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    made.train_from_iterator(TEXTS, trainer)
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>", model_max_length=64).save_pretrained(folder)
     from transformers import GPT2Config
 
@@ -54,6 +58,30 @@ def test_tokens_are_those_of_hugging_face(tiny_lm, tmp_path, family, max_length)
     slow = replace(quick, content=tokenizer)  # one that the library `tokenizers` does not know
     assert lists(slow(TEXTS)) == found and slow.fingerprint != quick.fingerprint
     assert quick([]).offsets.tolist() == [0] and quick([]).values.dtype == np.int32
+
+
+@pytest.mark.parametrize("family", ["word pieces", "byte pairs"])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 40])
+def test_a_text_is_shortened_to_whole_words_of_so_many_tokens(tiny_lm, tmp_path, family, count):
+    """Against the longest beginning of whole words that Hugging Face makes so many tokens of."""
+    folder = str(tiny_lm) if family == "word pieces" else byte_pairs(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    length = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    texts = [*TEXTS, "été, the  sea (war) : film"]
+    found = TextTokenizer.of(tokenizer, 6).shorten(texts, count)  # the limit of whole texts has no part in it
+    for text, short in zip(texts, found, strict=True):
+        ends = [match.end() for match in re.finditer(r"\w+|[^\w\s]", text)]
+        fitting = [text[:end] for end in ends if length(text[:end]) <= count]
+        assert text.startswith(short) and length(short) <= count
+        if length(text) <= count:
+            assert short == text
+        elif fitting:
+            assert short == fitting[-1]
+        else:  # no part that is longer would do
+            assert len(short) < ends[0] and length(text[: len(short) + 1]) > count
+    slow = replace(TextTokenizer.of(tokenizer, 6), content=tokenizer)
+    with pytest.raises(UserError, match="--text.item-tokens 0"):
+        slow.shorten(texts, count)
 
 
 def test_a_fingerprint_changes_with_length_and_vocabulary_only(tiny_lm, tmp_path):
