@@ -6,7 +6,7 @@ encoded. Tasks on CPUs tokenise ahead of the actors (`ctrdist.language.encode.Sh
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -43,13 +43,14 @@ def encode_items(
     config: EncodeConfig,
     plan: Plan,
     inputs: str,
-    previous: Sequence[Manifest] = (),
+    previous: Iterable[Manifest] = (),
     progress: Callable[[int, int], None] | None = None,
     numbered: Numbered | None = None,
 ) -> Manifest:
     """Encode all items into output `output`, a text table by catalog row (`ctrdist.text_table`).
 
-    Its facts count `items`, and of these the ones whose vector was `copied` from an earlier table, or `encoded`;
+    Its facts count `items`, and of these the ones whose vector was `copied` from an earlier table, or `encoded`, and
+    `texts_encoded`, what the actors did: a text of several items once, one that an earlier try did not again;
     `encode_seconds` is all that it took, `encoders_seconds` from the first shard's begin to the last one's end.
 
     Args:
@@ -84,6 +85,7 @@ def encode_items(
     facts = {"model": made_by, "items": len(items), "rows": len(items), "copied": copied}
     facts |= {"encoded": len(items) - copied, "device": ", ".join(sorted({shard["device"] for shard in shards_done}))}
     began_at, ended_at = ([float(shard[name]) for shard in shards_done] or [0.0] for name in ("began", "ended"))
+    facts["texts_encoded"] = sum(int(shard["items"]) for shard in shards_done)
     facts["encoders_seconds"] = max(ended_at) - min(began_at)
     with state.create(output, inputs, facts) as folder:
         table = create_text_table(folder, len(item_texts), known.dim, config.table)
@@ -96,11 +98,13 @@ def encode_items(
     return state.find(output, inputs)
 
 
-def _add_tables(known: TextVectors, state: State, tables: Sequence[Manifest], made_by: str) -> int:
+def _add_tables(known: TextVectors, state: State, tables: Iterable[Manifest], made_by: str) -> int:
     """Take in tables by the same model that are not damaged, until none is missing; how many texts gain a vector."""
     gained = 0
     for table in tables:
-        if table.facts.get("model") == made_by and len(known.missing):
+        if not len(known.missing):
+            break
+        if table.facts.get("model") == made_by:
             try:
                 folder = state.local(table.name)
                 gained += known.add(load_text_hashes(folder), load_text_table(folder, model=made_by))

@@ -31,7 +31,7 @@ from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel
 from ctrdist.text_table import TextTableFacts
 from raycluster.cluster import in_parallel
 from raycluster.day import Day, Progress, say
-from raycluster.encoder import catalog_rows
+from raycluster.encoder import Numbered, catalog_rows
 from raycluster.ingest import LogReader
 from raycluster.stages.click import encoded_batch, grown_model, train_on_log
 from raycluster.stages.language import encode_stage
@@ -63,22 +63,23 @@ def encode_interactions(
 ) -> Manifest:
     """The states of all texts that the day needs: of its items, or of the interactions of `days_used`.
 
-    A text is encoded once, whatever it was made for: those of one of the last runs' tables are taken over.
+    A text is encoded once, whatever it was made for: those of earlier runs' tables are taken over.
 
     Args:
         days: to train on.
     """
     parts = granularity, to_dict(text), to_dict(config), [str(d) for d in days]
     inputs = fingerprint(read.identity, model.fingerprint(config), *parts)
-    name, tokenizer = texts_of(day.name("encode", inputs)), model.tokenizer(config.max_length)
-    with day.alone(name):
+    tokenizer = model.tokenizer(config.max_length)
+
+    def texts(stage: str) -> tuple[str, Numbered]:
         if granularity == "item":
-            texts = item_text_output(day, read, text, tokenizer, name)
-            numbered = catalog_rows(day.state, read.output.name)
-        else:
-            texts = interaction_output(day, read, text, tokenizer, days, name)
-            numbered = np.arange(texts.facts["rows"]), texts.identity
-    return encode_stage(day, "encode", texts.name, model, config, inputs, numbered)
+            made = item_text_output(day, read, text, tokenizer, texts_of(stage))
+            return made.name, catalog_rows(day.state, read.output.name)
+        made = interaction_output(day, read, text, tokenizer, days, texts_of(stage))
+        return made.name, (np.arange(made.facts["rows"]), made.identity)
+
+    return encode_stage(day, "encode", texts, model, config, inputs)
 
 
 def days_used(day: Day, days: Days) -> Days:

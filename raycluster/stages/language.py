@@ -33,7 +33,7 @@ from ctrdist.text_training import (
 )
 from ctrdist.vocabulary import Vocabulary
 from raycluster.day import Day, Progress, say
-from raycluster.encoder import Numbered, encode_items
+from raycluster.encoder import Numbered, catalog_rows, encode_items
 from raycluster.ingest import LogReader
 from raycluster.stages.read import Read
 from raycluster.tokens import stored_tokens
@@ -283,34 +283,41 @@ def _save_encoder(task: ItemAlignment, folder: Path) -> None:
 def encode(day: Day, stage: str, read: Read, lm: Manifest, config: EncodeConfig) -> Manifest:
     """Every item's text through a language model into the text table: its pooled states, at its width.
 
-    What a table of one of the last runs has of the same text and the same model is taken from there.
+    What a table of an earlier run has of the same text and the same model is taken from there.
     """
     inputs = fingerprint(read.output.identity, lm.identity, to_dict(config))
-    return encode_stage(day, stage, read.output.name, Source(lm.name, day.state.uri), config, inputs)
+    texts = lambda _stage: (read.output.name, catalog_rows(day.state, read.output.name))
+    return encode_stage(day, stage, texts, Source(lm.name, day.state.uri), config, inputs)
 
 
 def encode_stage(
     day: Day,
     stage: str,
-    texts: str,
+    texts: Callable[[str], tuple[str, Numbered]],
     model: Source,
     config: EncodeConfig,
     inputs: str,
-    numbered: Numbered | None = None,
 ) -> Manifest:
-    """`encode_items` as a stage. What a table of one of the last runs has of the same text and model is taken over."""
+    """`encode_items` as a stage. What a table of an earlier run has of the same text and model is taken over.
+
+    Args:
+        texts: called with the name of the stage's output, to make the texts or find them: the output that holds them,
+            and which of them are encoded.
+    """
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         report, previous = Progress(stage, "texts").items, _earlier_tables(day.state)
-        made = encode_items(day.state, name, model, texts, config, day.plan, inputs, previous, report, numbered)
-        say(f"{stage:10} {made.facts['encoded']:,} texts encoded, {made.facts['copied']:,} copied")
+        source, numbered = texts(name)
+        made = encode_items(day.state, name, model, source, config, day.plan, inputs, previous, report, numbered)
+        say(f"{stage:10} {made.facts['texts_encoded']:,} texts encoded, {made.facts['copied']:,} rows copied")
         return made
 
     return day.stage(stage, inputs, make)
 
 
-def _earlier_tables(state: State, runs: int = 10) -> list[Manifest]:
-    """The text tables of the last runs, the newest first."""
-    dates = sorted(state.folders("runs"), reverse=True)[:runs]
-    names = [name for date in dates for name in reversed(state.names(f"runs/{date}"))]
-    return [state.find(name) for name in names if name.rsplit("/", 1)[1].startswith("encode")]
+def _earlier_tables(state: State) -> Iterator[Manifest]:
+    """The text tables of all runs that the state keeps, the newest first; each is looked up when it is asked for."""
+    for date in sorted(state.folders("runs"), reverse=True):
+        for name in reversed(state.names(f"runs/{date}")):
+            if name.rsplit("/", 1)[1].startswith("encode") and (found := state.find(name)):
+                yield found

@@ -14,6 +14,7 @@ import pytest
 from ctrdist.gate import refused
 from ctrdist.language.encode import ShardEncoder
 from ctrdist.language.tokenizer import tokens_to_arrow
+from ctrdist.storage import State
 from raycluster import cluster, trainer
 from raycluster.tokens import tokens_of
 
@@ -134,5 +135,35 @@ def run_here() -> Callable[..., None]:
     def run(job: Callable[[Any], None], options: Any) -> None:
         with one_process():
             job(options)
+
+    return run
+
+
+@pytest.fixture
+def killed_in_turn(capsys: pytest.CaptureFixture) -> Callable[..., None]:
+    """`killed_in_turn(run, options, outputs)`: try a job again and again. Each try dies in the next of `outputs`, when
+    all that is in it is written and it does not exist yet, the release's last; then one is whole, with nothing left to
+    do but the release."""
+
+    def run(job: Callable[[Any], None], options: Any, outputs: list[str]) -> None:
+        real = State.create
+        for name in outputs:
+
+            @contextmanager
+            def create(self: State, made: str, *arguments: Any, name: str = name, **more: Any) -> Iterator[Path]:
+                with real(self, made, *arguments, **more) as folder:
+                    yield folder
+                    if made == name:
+                        raise KeyboardInterrupt(name)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(State, "create", create)
+                with pytest.raises(KeyboardInterrupt, match=name):
+                    job(options)
+        capsys.readouterr()
+        job(options)
+        out = capsys.readouterr().out
+        for stage in (name.split("/")[2] for name in outputs if name.startswith("runs/") and "." not in name):
+            assert f"{stage:10} done before" in out, stage
 
     return run

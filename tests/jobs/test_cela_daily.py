@@ -236,6 +236,19 @@ def test_a_run_cut_off_goes_on_with_other_workers_and_ends_alike(first_day, opti
         assert again["models"]["cela"][metric] == pytest.approx(first_day["models"]["cela"][metric], abs=1e-3)
 
 
+def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(in_one_process, killed_in_turn, options, tmp_path):
+    whole, killed = (replace(options, state=str(tmp_path / name), workers=1, rounds=2) for name in "ab")
+    outputs = ("read", "id", "dap", "roma", "encode", "mf2", "roma_2", "encode_2", "mf2_2", "evaluate")
+    JOB.run(whole)
+    killed_in_turn(JOB.run, killed, [*(f"runs/{FIRST}/{output}" for output in outputs), f"releases/{FIRST}"])
+    reports = [Path(one.state) / "releases" / str(FIRST) / "report.json" for one in (whole, killed)]
+    models = [json.loads(path.read_text())["models"] for path in reports]
+    assert models[0] == models[1]
+    for output in ("dap", "roma_2", "encode_2", "mf2_2"):
+        files = [State(one.state).find(f"runs/{FIRST}/{output}").files for one in (whole, killed)]
+        assert files[0] == files[1], output  # with their checksums
+
+
 def test_a_run_killed_before_it_was_registered_is_finished(first_day, options, capsys):
     state = State(options.state)
     facts = dict(state.find(f"releases/{FIRST}").facts)

@@ -189,6 +189,17 @@ def test_what_is_trained_from_what(case: str, options, monkeypatch):
     assert list(called["release"][0][2]) == ["clickprompt"]
 
 
+def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(in_one_process, killed_in_turn, options, tmp_path):
+    whole, killed = (replace(options, state=str(tmp_path / name)) for name in "ab")
+    outputs = ("read", "tokens", "pretrain", "without_plm", "backbone", "with_plm", "evaluate", "inference")
+    JOB.run(whole)
+    killed_in_turn(JOB.run, killed, [*(f"runs/{FIRST}/{output}" for output in outputs), f"releases/{FIRST}"])
+    models = [report_of(one)["models"] for one in (whole, killed)]
+    for model in (model for of_run in models for model in of_run.values()):
+        model.pop("batch_ms", None)  # a time
+    assert models[0] == models[1]
+
+
 def test_pretraining_means_the_same_whenever_it_is_due_and_however_it_fits_the_memory(options):
     later = replace(options.pretrain, every_days=30, chunk=8)
     same = replace(options, pretrain=later, lm=replace(options.lm, gradient_checkpointing=True))

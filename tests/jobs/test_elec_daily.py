@@ -4,7 +4,6 @@ import datetime as dt
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,7 @@ from ctrdist.export import Release, load_click_model
 from ctrdist.interaction_text import TextConfig
 from ctrdist.language.encode import EncodeConfig, Encoder
 from ctrdist.log import log_columns
-from ctrdist.schema import Field, Schema
+from ctrdist.schema import Schema
 from ctrdist.storage import State
 from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.distill import DistillConfig
@@ -28,7 +27,6 @@ from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel
 from jobs import elec_daily as JOB
 from raycluster.stages.elec import GAIN, FrozenLanguageModelConfig
 
-SCHEMA = Schema(user=(Field("user_id"),), item=(Field("item_id"), Field("genres", "multi")), text=("{title}",))
 FIRST, SECOND = dt.date(2024, 1, 4), dt.date(2024, 1, 5)
 
 
@@ -176,7 +174,7 @@ def test_the_next_day_may_read_interactions_each_text_once(first_day, in_one_pro
     rows = [row for row in rows if row["item_id"] in said and row["label"] <= 1]
     expected = {text(row) for row in rows}
     made = state.find(f"runs/{SECOND}/encode").facts
-    assert made["encoded"] == made["items"] == len(expected) < len(rows) and made["copied"] == 0
+    assert made["encoded"] == made["items"] == made["texts_encoded"] == len(expected) < len(rows) and not made["copied"]
     texts = pa.ipc.open_file(str(state.local(f"runs/{SECOND}/encode.texts") / "texts.arrow")).read_all()["text"]
     assert sorted(texts.to_pylist()) == sorted(expected)
 
@@ -245,31 +243,33 @@ def test_later_days_go_on_from_the_day_before_and_read_no_more_than_they_use(
         assert 0 < state.find(f"runs/{third.date}/encode").facts["items"] <= 900
 
 
-def test_without_text_no_stage_of_the_language_model_runs(options, monkeypatch):
-    """The stages as the job calls them, in place of the stages themselves."""
-    called, evaluated = [], {}
+def test_without_text_no_stage_of_the_language_model_runs(in_one_process, options, tmp_path):
+    alone = replace(options, state=str(tmp_path), distill=DistillConfig(without_text=True))
+    JOB.run(alone)
+    report, state = report_of(alone, FIRST), State(str(tmp_path))
+    assert list(report["stages"]) == ["distill", "backbone", "evaluate"]
+    assert list(report["models"]) == ["backbone", "gain", "vanilla", "best"]
+    assert not any("encode" in name for name in state.names(f"runs/{FIRST}"))
+    schema = Schema.load(Path(options.data) / "schema.yaml")
+    folder = state.local(f"runs/{FIRST}/distill")
+    assert not load_click_model(folder / GAIN, schema).vector_dim and not load_click_model(folder, schema).vector_dim
+    with pytest.raises(UserError, match="text.leave_out: 'publisher_': did you mean 'publisher'"):
+        JOB.run(replace(options, state=str(tmp_path / "other"), text=TextConfig(leave_out=("publisher_",))))
 
-    def stage(name: str):
-        def call(*arguments, **_options):
-            called.append((name, arguments))
-            return SimpleNamespace(name=name)
 
-        return call
-
-    stages = ("read_log", "encode_interactions", "train_m_llm", "represent", "train_click", "distill")
-    for name in stages:
-        monkeypatch.setattr(JOB, name, stage(name))
-    monkeypatch.setattr(JOB, "evaluate", lambda _day, _read, models, beside: evaluated.update(models, beside=beside))
-    monkeypatch.setattr(JOB.reporting, "assemble", lambda *_: {})
-    monkeypatch.setattr(JOB.registry, "release", stage("release"))
-    monkeypatch.setattr(JOB, "read_log", lambda *_, **__: SimpleNamespace(train=(), output=None))
-    day = SimpleNamespace(previous=None, schema=SCHEMA, window=None, earlier=lambda _part: None)
-    JOB.elec(day, replace(options, distill=DistillConfig(without_text=True)))
-    assert [name for name, _ in called] == ["distill", "train_click", "release"] and called[0][1][2] is None
-    assert list(evaluated) == ["backbone", "gain", "vanilla", "beside"] and evaluated["beside"] is None
-    assert list(called[2][1][2]) == ["elec"] and set(called[2][1][4]) == {"representation", "backbone"}
-    with pytest.raises(UserError, match="text.leave_out: 'genre': did you mean"):
-        JOB.elec(day, replace(options, text=TextConfig(leave_out=("genre",))))
+@pytest.mark.parametrize("granularity", ["item", "interaction"])
+def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(
+    granularity, in_one_process, killed_in_turn, options, tmp_path
+):
+    whole, killed = (replace(options, state=str(tmp_path / name), text_granularity=granularity) for name in "ab")
+    outputs = ("read", "encode.texts", "encode", "m_llm", "represent.rows/dt=2024-01-03/part-00000.parquet",
+               "represent", "distill", "backbone", "evaluate")  # fmt: skip
+    JOB.run(whole)
+    killed_in_turn(JOB.run, killed, [*(f"runs/{FIRST}/{output}" for output in outputs), f"releases/{FIRST}"])
+    assert report_of(killed, FIRST)["models"] == report_of(whole, FIRST)["models"]
+    for output in ("encode", "m_llm", "distill", "backbone"):
+        files = [State(one.state).find(f"runs/{FIRST}/{output}").files for one in (whole, killed)]
+        assert files[0] == files[1], output  # with their checksums
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_read(options):

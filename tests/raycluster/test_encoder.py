@@ -107,6 +107,7 @@ def test_every_item_has_its_row(through_ray, tiny_lm, tmp_path):
     assert made.facts["copied"] == 0 and made.facts["device"] == "cpu" and made.facts["dim"] == 16
     assert 0 < made.facts["encoders_seconds"] < made.facts["encode_seconds"]
     distinct = len(set(texts.values()))
+    assert made.facts["texts_encoded"] == distinct < made.facts["encoded"] == len(texts)
     assert said[-1] == (distinct, distinct) and len(said) >= 8
     assert sorted(done for done, _ in said) == [done for done, _ in said]
 
@@ -120,11 +121,11 @@ def test_only_what_changed_is_encoded(run, tiny_lm, tmp_path):
     grown = write(state, "later", later, ids)
     made, said = run("table_2", "later", previous=[first])
     check(state, made, tiny_lm, later, grown)
-    assert made.facts["encoded"] == 2 and made.facts["copied"] == len(later) - 2
+    assert made.facts["encoded"] == made.facts["texts_encoded"] == 2 and made.facts["copied"] == len(later) - 2
     distinct = len(set(later.values()))
     assert said == [(distinct, distinct)]
     again, said = run("table_3", "later", previous=[made])
-    assert again.facts["encoded"] == again.facts["encoders_seconds"] == 0 and not said
+    assert again.facts["encoded"] == again.facts["texts_encoded"] == again.facts["encoders_seconds"] == 0 and not said
     check(state, again, tiny_lm, later, grown)
     other, _ = run("table_4", "later", previous=[made], config=replace(CONFIG, max_length=8))
     assert other.facts["copied"] == 0 and other.facts["model"] != made.facts["model"]

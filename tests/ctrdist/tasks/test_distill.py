@@ -115,7 +115,7 @@ def test_tables_of_both_networks_are_to_fit_into_memory(share: bool, monkeypatch
     assert kinds(needed * 0.999) == {ShardedTable}
 
 
-@pytest.mark.parametrize("name", ["din", "dcnv2", "deepfm", "dien", "fignn"])
+@pytest.mark.parametrize("name", NAMES)
 def test_gain_networks_read_the_vector_and_have_parameters_of_their_own(name: str):
     task, batch = pair(name).eval(), batch_of(20)
     other = replace(batch, vector=batch.vector.flip(0))
@@ -237,6 +237,24 @@ def test_two_workers_end_with_the_weights_of_one(two_workers):
             assert torch.equal(first[name][key], second[name][key]), (name, key)
             torch.testing.assert_close(first[name][key], value, rtol=1e-9, atol=1e-11, msg=f"{name} {key}")
         assert sum(not torch.equal(value, start[key]) for key, value in alone[name].items()) > 10
+
+
+def test_a_run_goes_on_from_a_checkpoint_and_ends_alike(tmp_path: Path):
+    for name, config in CASES.items():
+        whole, cut, rest = (pair("dcnv2", config) for _ in range(3))
+        fit(whole, whole_batches, LOOP)
+
+        def stop(write, progress, folder: Path = tmp_path / name) -> None:
+            if progress.step == 7:  # in the midst of the second epoch
+                folder.mkdir()
+                write(folder)
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            fit(cut, whole_batches, replace(LOOP, checkpoint_seconds=0.0), checkpoint=stop)
+        fit(rest, whole_batches, LOOP, resume=tmp_path / name)
+        for key, value in whole.state_dict().items():
+            assert torch.equal(rest.state_dict()[key], value), (name, key)
 
 
 def test_without_distillation_the_vanilla_network_is_trained_as_it_would_be_alone():

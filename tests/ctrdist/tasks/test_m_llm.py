@@ -1,14 +1,17 @@
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import log_loss
-from torch import nn
+from torch import Tensor, nn
 
 from ctrdist.batch import Batch, join_items
 from ctrdist.errors import UserError
+from ctrdist.group import Group
 from ctrdist.loop import LoopConfig, fit
 from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel
 
@@ -65,6 +68,29 @@ def test_learns_and_the_loss_is_the_log_loss_of_what_it_predicts(tmp_path: Path)
     assert torch.equal(loaded.predict(test), probability) and loaded.parameter_groups()[0]["lr"] == 0.5
     with pytest.raises(UserError, match=r"--m-llm.hidden: .* has \(16, 12, 4\), not \(9,\)"):
         ModifiedLanguageModel.load(tmp_path, MLLMConfig(hidden=(9,)))
+
+
+def worker_batches(rank: int, workers: int, first: int) -> Iterator[Batch]:
+    """A worker's share of global batches of 12 rows."""
+    for step in range(first, 6):
+        whole = batch_of(12, step)
+        mine = slice(None) if workers == 1 else slice(6 * rank, 6 * rank + 6)
+        yield replace(whole, label=whole.label[mine], target=whole.target[mine], history=whole.history[mine])
+
+
+def trained(group: Group) -> dict[str, Tensor]:
+    model = ModifiedLanguageModel(TEXT, True, SMALL, seed=1)
+    fit(model, partial(worker_batches, group.rank, group.size), LoopConfig(6, precision="float64"), group=group)
+    return model.state_dict()
+
+
+def test_two_workers_end_with_the_weights_of_one(two_workers):
+    alone, (first, second) = trained(Group()), two_workers(trained)
+    start = ModifiedLanguageModel(TEXT, True, SMALL, seed=1).double().state_dict()
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-9, atol=1e-11, msg=name)
+    assert not torch.equal(alone["output.weight"], start["output.weight"])
 
 
 def test_no_rows_at_all():
