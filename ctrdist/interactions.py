@@ -91,15 +91,22 @@ class Interactions:
         Raises:
             UserError: the text of a good row is not there.
         """
-        hashes = text_hashes(self.texts(rows).to_pylist())
-        at = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
-        there = self.hashes[at] == hashes
+        at = find(self.hashes, text_hashes(self.texts(rows).to_pylist()))
+        there = at >= 0
         if not there.all() and (find_faults(rows, group.day, self.catalog, group.split)[~there] == 0).any():
             raise UserError(
                 f"{group.path}: row group {group.index} says what it did not say when texts were gathered: it was "
                 "changed since; run the job again"
             )
-        return {TEXT_ROW: pa.array(np.where(there, at, 0).astype(np.int64))}
+        return {TEXT_ROW: pa.array(at.clip(min=0))}
+
+
+def find(known: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Where in `known`, uint64 [m] ascending, hashes stand: int64 [n], -1 where they do not."""
+    if not len(known):
+        return np.full(len(hashes), -1)
+    at = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+    return np.where(known[at] == hashes, at, -1)
 
 
 def merged(parts: Iterable[Texts]) -> Texts:

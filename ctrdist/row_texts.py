@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ctrdist.encode import ITEM, SAID, vectors_of
 from ctrdist.errors import UserError
 from ctrdist.interaction_text import TextConfig, item_sides
-from ctrdist.items import Catalog, ItemTexts, Ragged
+from ctrdist.interactions import find, merged
+from ctrdist.items import Catalog, ItemTexts, Ragged, text_hashes
 from ctrdist.language.assemble import RowTokenizer, RowTokens, say
 from ctrdist.language.tokenizer import TextTokenizer
 from ctrdist.log import RowGroup, read_row_group
@@ -54,6 +54,7 @@ class RowTexts:
         items: int32 [catalog rows, the other fields], the number of what is said of each item, -1 for nothing.
         tokenizer: knows the distinct texts of each field, and their tokens.
         first: whether the free text comes first.
+        hashes: of each user and context field, uint64, the hashes of its texts, which are in their order.
     """
 
     fields: tuple[str, ...]
@@ -62,6 +63,7 @@ class RowTexts:
     items: np.ndarray
     tokenizer: RowTokenizer
     first: bool
+    hashes: tuple[np.ndarray, ...]
 
     @property
     def padding(self) -> int:
@@ -88,7 +90,8 @@ class RowTexts:
             UserError: the tokenizer is none of the library `tokenizers`.
         """
         own, its = _spoken(schema.row_fields, config), _spoken(schema.item, config)
-        texts = [_sorted(found) for found in zip(*said, strict=True)] if own else []
+        by_hash = [merged((text_hashes(t.to_pylist()), t) for t in found) for found in zip(*said, strict=True)]
+        texts = [texts for _, texts in by_hash] if own else []
         at, columns = catalog.ids.lookup(items[ITEM_ID], ITEM_ID), []
         free = pa.table({FREE_TEXT: item_sides(items, schema, config, tokenizer)[1]})
         sides = [(items[name], part, name) for name, part in its] + [(free[FREE_TEXT], f"{{{FREE_TEXT}}}", FREE_TEXT)]
@@ -101,17 +104,17 @@ class RowTexts:
         order = _order(len(fields), first)
         made = RowTokenizer.of(tokenizer, [texts[number] for number in order])
         names = tuple(fields[number] for number in order)
-        return cls(names, len(own), tuple(part for _, part in own), np.stack(columns, 1), made, first)
+        hashes = tuple(hashes for hashes, _ in by_hash) if own else ()
+        return cls(names, len(own), tuple(part for _, part in own), np.stack(columns, 1), made, first, hashes)
 
     def numbers(self, _group: RowGroup, rows: pa.Table) -> dict[str, pa.Array]:
         """The numbers of what is said of each row's own fields, as the column `beside.said`: a fixed-size list of
         int32, -1 for nothing."""
         start = int(self.first)
         out = np.full((rows.num_rows, max(1, self.rows)), -1, np.int32)
-        for number, (name, part) in enumerate(zip(self.fields[start:], self.parts, strict=False)):
+        for number, (name, part, known) in enumerate(zip(self.fields[start:], self.parts, self.hashes, strict=False)):
             texts, codes = _say(rows[name], part, name)
-            known = pc.fill_null(pc.index_in(texts, self.tokenizer.texts[start + number]), -1).to_numpy()
-            out[:, number] = np.append(known, -1)[codes]
+            out[:, number] = np.append(find(known, text_hashes(texts.to_pylist())), -1)[codes]
         return {SAID: pa.FixedSizeListArray.from_arrays(pa.array(out.ravel()), out.shape[1])}
 
     def codes(self, table: pa.Table) -> np.ndarray:
@@ -139,6 +142,8 @@ class RowTexts:
             _ARRAYS, (self.items, made.pieces.values, made.pieces.offsets, made.clean), strict=True
         ):
             np.save(folder / f"{name}.npy", values)
+        for number, hashes in enumerate(self.hashes):
+            np.save(folder / f"hashes.{number}.npy", hashes)
         described = {"fields": self.fields, "rows": self.rows, "parts": self.parts, "first": self.first}
         described |= {"tokenizer": about.content, "limit": about.limit, "padding": about.padding}
         (folder / "row_texts.json").write_text(json.dumps(described))
@@ -155,7 +160,8 @@ class RowTexts:
             Ragged(ids, offsets),
             clean,
         )
-        return cls(tuple(about["fields"]), about["rows"], tuple(about["parts"]), items, made, about["first"])
+        hashes = tuple(np.load(folder / f"hashes.{number}.npy") for number in range(len(about["parts"])))
+        return cls(tuple(about["fields"]), about["rows"], tuple(about["parts"]), items, made, about["first"], hashes)
 
 
 def distinct(rows: pa.Table, schema: Schema, config: RowTextConfig) -> list[pa.Array]:
@@ -178,11 +184,6 @@ def _say(column: pa.ChunkedArray, part: str, name: str) -> tuple[pa.Array, np.nd
     if not (pa.types.is_nested(column.type) or pa.types.is_dictionary(column.type)):
         column = column.dictionary_encode()
     return say(column, part, name)
-
-
-def _sorted(found: tuple[pa.Array, ...]) -> pa.Array:
-    every = pa.concat_arrays(found).unique()
-    return every.take(pc.array_sort_indices(every))
 
 
 def _order(fields: int, first: bool) -> list[int]:

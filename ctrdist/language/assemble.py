@@ -6,14 +6,12 @@ tokenizer makes of the row's whole sentence: what is said of its fields, joined 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Encoding, Tokenizer
 
-from ctrdist.errors import UserError
 from ctrdist.language.tokenizer import TextTokenizer, columnar
 from ctrdist.serving.ragged import Ragged, offsets_of, spans
 from ctrdist.texts import join_texts
@@ -87,9 +85,9 @@ class RowTokenizer:
         """Tokenise each text by itself and between two others.
 
         Raises:
-            UserError: the tokenizer is none of the library `tokenizers`.
+            UserError: see `TextTokenizer.uncut`.
         """
-        own, near = _own(tokenizer), _NEIGHBOUR
+        own, near = tokenizer.uncut, _NEIGHBOUR
         marked = own.encode(near)
         words = np.flatnonzero(np.array(marked.special_tokens_mask) == 0)
         parts = [columnar([[], marked.ids[: words[0]], marked.ids[words[-1] + 1 :]])]
@@ -146,7 +144,7 @@ class RowTokenizer:
         """Rows that are tokenised whole -> the tokens of each of their fields, a row of [n, fields] after the other."""
         values, counts = [np.zeros(0, np.int32)], np.zeros(codes.shape, np.int64)
         for start in range(0, len(codes), _CHUNK):
-            own, chunk = _own(self.tokenizer), codes[start : start + _CHUNK]
+            own, chunk = self.tokenizer.uncut, codes[start : start + _CHUNK]
             said = [
                 [(field, self.texts[field][code].as_py()) for field, code in enumerate(row) if code >= 0]
                 for row in chunk.tolist()
@@ -160,23 +158,6 @@ class RowTokenizer:
                     np.add.at(counts[row], np.array([field for field, _ in parts])[part], 1)
                     values.append(np.array(encoding.ids, np.int32))
         return Ragged(np.concatenate(values), offsets_of(counts.ravel()))
-
-
-def _own(tokenizer: TextTokenizer) -> Tokenizer:
-    """A tokenizer that cuts nothing off."""
-    if not isinstance(tokenizer.content, str):
-        raise UserError(
-            f"the language model's tokenizer ({type(tokenizer.content).__name__}) has no tokenizer.json, so that rows "
-            "cannot be put together from its tokens; take a model that has one"
-        )
-    return _uncut(tokenizer.content)
-
-
-@lru_cache(maxsize=2)
-def _uncut(content: str) -> Tokenizer:
-    own = Tokenizer.from_str(content)
-    own.no_truncation()
-    return own
 
 
 def _body(tokenizer: Tokenizer, texts: list[str]) -> list[Encoding]:

@@ -63,15 +63,10 @@ class TextTokenizer:
         a first word that is longer, its own first tokens.
 
         Raises:
-            UserError: the tokenizer is none of the library `tokenizers`, so that it does not tell where tokens stand.
+            UserError: see `uncut`.
         """
-        if not isinstance(self.content, str):
-            raise UserError(
-                f"{type(self.content).__name__} does not tell where in a text its tokens stand; --text.item-tokens 0, "
-                "or a language model with a fast tokenizer"
-            )
-        tokenizer, out = _ready(self.content, whole=True), []
-        for text, found in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+        out = []
+        for text, found in zip(texts, self.uncut.encode_batch(texts, add_special_tokens=False), strict=True):
             if len(found) > count:
                 words, offsets = found.word_ids, found.offsets
                 end = next((end for end in range(count, 0, -1) if words[end - 1] != words[end]), count)
@@ -80,6 +75,20 @@ class TextTokenizer:
                 text = text[: offsets[end - 1][1]].rstrip() if end else ""
             out.append(text)
         return out
+
+    @property
+    def uncut(self) -> Tokenizer:
+        """The same without a limit, as the library `tokenizers` has it: it tells where in a text its tokens stand.
+
+        Raises:
+            UserError: it is none of that library.
+        """
+        if not isinstance(self.content, str):
+            raise UserError(
+                f"the language model's tokenizer ({type(self.content).__name__}) has no tokenizer.json, so that it "
+                "cannot be told where in a text its tokens stand; take a model that has one"
+            )
+        return _uncut(self.content)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -91,10 +100,14 @@ class TextTokenizer:
 
 
 @lru_cache(maxsize=2)
-def _ready(content: str, whole: bool = False) -> Tokenizer:
+def _ready(content: str) -> Tokenizer:
+    return Tokenizer.from_str(content)
+
+
+@lru_cache(maxsize=2)
+def _uncut(content: str) -> Tokenizer:
     tokenizer = Tokenizer.from_str(content)
-    if whole:
-        tokenizer.no_truncation()
+    tokenizer.no_truncation()
     return tokenizer
 
 

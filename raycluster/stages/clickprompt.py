@@ -68,7 +68,7 @@ def tokens(day: Day, read: Read, lm: str, prompts: PromptConfig, config: RowText
     if prompts.shift_positions:
         room = min(room, load_tokenizer(lm).model_max_length - prompts.count)
     tokenizer = Source(lm).tokenizer(room)
-    inputs = fingerprint(read.identity, tokenizer.fingerprint, to_dict(config))
+    inputs = fingerprint("by hash", read.identity, tokenizer.fingerprint, to_dict(config))
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
         reader = LogReader(day.options.data, day.state.uri, read.output.name)
