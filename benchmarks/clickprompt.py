@@ -1,8 +1,9 @@
 """ClickPrompt on MovieTweetings: the backbone beside what pre-training makes of it, without and with the LM.
 
-All of a seed have the same order of rows; the backbone alone and a new CTR model begin alike. `no_prompts`,
-`no_pretraining` and `neither` are the variants of the paper's table 5, with the language model; `p` is of a paired
-t-test over the seeds. Nothing is chosen here.
+All of a seed have the same order of rows; the backbone alone and a new CTR model begin alike. Variants of the one with
+the language model: `first_layer` has prompts in that alone (the paper's table 4, as is `--prompts.count`),
+`no_prompts`, `no_pretraining` and `neither` are table 5's; other CTR and language models (tables 3 and 9) are
+`--ctr.backbone` and `--lm.name`. `p` is of a paired t-test over the seeds. Nothing is chosen here.
 
 With `--keep` every stage and every model is written when it is done, and a rerun computes only what is missing or
 depends on something that has changed; what the code does is not among these.
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
@@ -39,7 +40,14 @@ from ctrdist.tasks.prompted import PromptPretrainConfig  # noqa: E402
 from ctrdist.tasks.prompted_click import PromptFinetuneConfig  # noqa: E402
 from ctrdist.text_training import LanguageModelConfig  # noqa: E402
 
-Variant = Literal["with_plm", "no_prompts", "no_pretraining", "neither"]
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "with_plm": {},
+    "first_layer": {"prompts": {"layers": "first"}},
+    "no_prompts": {"finetune": {"prompts": False}},
+    "no_pretraining": {"pretrain": {"epochs": 0}},
+    "neither": {"pretrain": {"epochs": 0}, "finetune": {"prompts": False}},
+}
+"""What each variant changes of the options' groups."""
 METRICS = {"auc": "AUC", "log_loss": "log loss", "auc_cold": "AUC cold"}
 
 
@@ -57,7 +65,8 @@ class Options:
         pretrain: masked words with prompts.
         finetune: fine-tuning with the language model.
         seeds: one of each model each.
-        variants: which fine-tunings with the language model.
+        variants: which fine-tunings with the language model: `with_plm`, `first_layer`, `no_prompts`, `no_pretraining`,
+            `neither`.
         processes: CTR models without one at a time, a thread each; 0 is one a core.
         keep: folder for what is done; a temporary one if not given.
         device: cpu or cuda, for what has a language model.
@@ -72,10 +81,15 @@ class Options:
     pretrain: PromptPretrainConfig = field(default_factory=PromptPretrainConfig)
     finetune: PromptFinetuneConfig = field(default_factory=PromptFinetuneConfig)
     seeds: tuple[int, ...] = (0, 1, 2)
-    variants: tuple[Variant, ...] = ("with_plm",)
+    variants: tuple[str, ...] = ("with_plm",)
     processes: int = 0
     keep: Path | None = None
     device: str = "cpu"
+
+    def of(self, variant: str) -> "Options":
+        """The options as a variant has them."""
+        groups = {group: replace(getattr(self, group), **changes) for group, changes in VARIANTS[variant].items()}
+        return replace(self, **groups)
 
 
 @dataclass
@@ -90,17 +104,15 @@ class ClickPromptStudy(Study):
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """What every model scores, and what it took."""
-        seeds = dict.fromkeys(self.options.seeds)
+        options, seeds = self.options, dict.fromkeys(self.options.seeds)
         yield from self.click_models("backbone", dict.fromkeys(seeds, ""))
-        starts = {}
-        for seed in seeds:
-            made = self.pretrained(seed)
-            starts[seed] = made.name
+        starts = {seed: self.pretrained(options, seed) for seed in seeds}
+        for seed, made in starts.items():
             yield {"model": "pretrain", "seed": seed} | took(made.facts)
-        yield from self.click_models("without_plm", starts)
-        for variant in dict.fromkeys(self.options.variants):
+        yield from self.click_models("without_plm", {seed: made.name for seed, made in starts.items()})
+        for variant in dict.fromkeys(options.variants):
             for seed in seeds:
-                made = self.finetuned(variant, seed, starts[seed])
+                made = self.finetuned(options.of(variant), variant, seed)
                 yield {"model": variant, "seed": seed} | scored(made.facts)
 
     def click_models(self, name: str, starts: dict[int, str]) -> Iterator[dict[str, Any]]:
@@ -109,25 +121,22 @@ class ClickPromptStudy(Study):
         for cell, made in self.cells(cells).items():
             yield {"model": name, "seed": cell.seed} | scored(made.facts)
 
-    def pretrained(self, seed: int) -> Manifest:
+    def pretrained(self, options: Options, seed: int) -> Manifest:
         """Both models and the prompt writer after pre-training."""
-        options = self.options
-        made_of = [*self.parts, to_dict(options.pretrain), seed]
+        made_of = [*self.parts(options), to_dict(options.pretrain), seed]
         args = options.ctr, options.lm, options.prompts, options.pretrain, seed, options.device
         return self.stage("pretrain", *made_of, make=partial(pretrain, self.log, *args))
 
-    def finetuned(self, variant: Variant, seed: int, start: str) -> Manifest:
+    def finetuned(self, options: Options, variant: str, seed: int) -> Manifest:
         """A fine-tuning with the language model."""
-        options, name = self.options, "" if variant in ("no_pretraining", "neither") else start
-        config = replace(options.finetune, prompts=variant not in ("no_prompts", "neither"))
-        args = options.ctr, options.lm, options.prompts, config, seed, name and self.state.local(name), options.device
-        made_of = [*self.parts, to_dict(config), seed, name]
+        name = self.pretrained(options, seed).name if options.pretrain.epochs else ""
+        start = self.state.local(name) if name else None
+        args = options.ctr, options.lm, options.prompts, options.finetune, seed, start, options.device
+        made_of = [*self.parts(options), to_dict(options.finetune), seed, name]
         return self.stage(variant, *made_of, make=partial(finetune, self.log, *args))
 
-    @property
-    def parts(self) -> list[Any]:
+    def parts(self, options: Options) -> list[Any]:
         """What every model with a language model depends on."""
-        options = self.options
         groups = [to_dict(part) for part in (options.lm, options.text, options.prompts, options.ctr)]
         return [self.log.fingerprint, source.identity(options.lm.name), *groups]
 
@@ -144,9 +153,15 @@ def scored(facts: dict[str, Any]) -> dict[str, float]:
 
 def main(options: Options) -> None:
     """Compute what is missing, print the table and the JSON line."""
+    unknown = set(options.variants) - set(VARIANTS)
+    if unknown:
+        raise SystemExit(f"--variants: unknown {', '.join(sorted(unknown))}; known: {', '.join(VARIANTS)}")
+    if not options.pretrain.epochs:
+        raise SystemExit("--pretrain.epochs 0: nothing is pre-trained; that is variant no_pretraining")
     with kept_in(options.keep) as folder:
         log = options.log.open(folder, raw=True)
-        log = with_tokens(log, read_items(options.log.prepared(folder), log.schema), options.lm.name, options.text)
+        items = read_items(options.log.prepared(folder), log.schema)
+        log = with_tokens(log, items, options.lm.name, options.text, options.prompts)
         log = replace(log, train=log.train.slice(round((1 - options.row_share) * log.train.num_rows)))
         with processes(log, options.processes) as pool:
             rows = list(ClickPromptStudy(log, State(folder / "clickprompt"), pool, options).rows())

@@ -14,9 +14,11 @@ from ctrdist.config import from_dict, to_dict
 from ctrdist.export import load_click_model, save_click_model
 from ctrdist.items import Ragged
 from ctrdist.language.assemble import SPECIAL, RowTokens
-from ctrdist.language.model import LanguageModel
+from ctrdist.language.model import LanguageModel, load_tokenizer
 from ctrdist.language.prompts import PromptConfig, PromptedLanguageModel
+from ctrdist.language.tokenizer import TextTokenizer
 from ctrdist.language.tokens import pad
+from ctrdist.row_texts import RowTextConfig
 from ctrdist.schema import Schema
 from ctrdist.tasks.click import ClickConfig, ClickModel
 from ctrdist.tasks.prompted import PromptedConfig, PromptedTask, PromptPretrainConfig, PromptPretraining
@@ -31,6 +33,14 @@ def rates(ctr: ClickConfig, config: PromptedConfig) -> ClickConfig:
     words are masked (section 3.3)."""
     hidden = 0.0 if isinstance(config, PromptPretrainConfig) else ctr.unknown_share
     return replace(ctr, lr=config.lr or ctr.lr, table_lr=config.table_lr or ctr.table_lr, unknown_share=hidden)
+
+
+def row_tokenizer(lm: str, config: RowTextConfig, prompts: PromptConfig) -> TextTokenizer:
+    """The tokenizer of rows that a language model, by name or folder, reads with prompts."""
+    tokenizer, room = load_tokenizer(lm), config.max_length
+    if prompts.shift_positions:  # the language model then has so many positions less for words
+        room = min(room, tokenizer.model_max_length - prompts.count)
+    return TextTokenizer.of(tokenizer, room)
 
 
 def pretraining_task(

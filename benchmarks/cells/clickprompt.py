@@ -10,9 +10,8 @@ import pyarrow as pa
 from benchmarks.cells.click import score, train_task
 from benchmarks.cells.log import Log
 from ctrdist.export import load_click_model
-from ctrdist.language.encode import Source
 from ctrdist.language.prompts import PromptConfig
-from ctrdist.prompted import finetuning_task, pretraining_task, rates, save_prompted
+from ctrdist.prompted import finetuning_task, pretraining_task, rates, row_tokenizer, save_prompted
 from ctrdist.row_texts import RowTextConfig, RowTexts, distinct
 from ctrdist.tasks import Task
 from ctrdist.tasks.click import ClickConfig, ClickModel
@@ -23,7 +22,7 @@ from ctrdist.text_training import LanguageModelConfig
 PARTS = ("train", "valid", "test")
 
 
-def with_tokens(log: Log, items: pa.Table, lm: str, config: RowTextConfig) -> Log:
+def with_tokens(log: Log, items: pa.Table, lm: str, config: RowTextConfig, prompts: PromptConfig) -> Log:
     """The log with what is said of every row.
 
     Args:
@@ -32,8 +31,7 @@ def with_tokens(log: Log, items: pa.Table, lm: str, config: RowTextConfig) -> Lo
     """
     raw = {part: _raw(getattr(log, part)) for part in PARTS}
     said = [distinct(rows, log.schema, config) for rows in raw.values()]
-    tokenizer = Source(lm).tokenizer(config.max_length)
-    made = RowTexts.of(said, items, log.schema, log.catalog, config, tokenizer)
+    made = RowTexts.of(said, items, log.schema, log.catalog, config, row_tokenizer(lm, config, prompts))
     parts = {}
     for part, rows in raw.items():
         (column,) = made.numbers(None, rows).items()

@@ -9,11 +9,10 @@ import pyarrow.parquet as pq
 
 from ctrdist.config import to_dict
 from ctrdist.language import source
-from ctrdist.language.encode import Source
-from ctrdist.language.model import draws_head, load_tokenizer
+from ctrdist.language.model import draws_head
 from ctrdist.language.prompts import PromptConfig
 from ctrdist.optim import Precision
-from ctrdist.prompted import finetuning_task, pretraining_task, rates, save_prompted
+from ctrdist.prompted import finetuning_task, pretraining_task, rates, row_tokenizer, save_prompted
 from ctrdist.row_texts import RowTextConfig, RowTexts, distinct_of_group
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.click import ClickConfig, ClickModel, table_sizes
@@ -63,11 +62,7 @@ def pretraining_due(day: Day, meaning: str, config: PromptPretrainConfig) -> boo
 
 def tokens(day: Day, read: Read, lm: str, prompts: PromptConfig, config: RowTextConfig) -> Manifest:
     """What makes the tokens of all rows that were read for the day: every distinct value said and tokenised once."""
-    # With shifted positions the language model has `count` tokens less to read.
-    room = config.max_length
-    if prompts.shift_positions:
-        room = min(room, load_tokenizer(lm).model_max_length - prompts.count)
-    tokenizer = Source(lm).tokenizer(room)
+    tokenizer = row_tokenizer(lm, config, prompts)
     inputs = fingerprint("by hash", read.identity, tokenizer.fingerprint, to_dict(config))
 
     def make(name: str, inputs: str, _metrics: str | None) -> Manifest:

@@ -1,6 +1,9 @@
 """The benchmark of ClickPrompt trains what it says, on every row's own text."""
 
 import json
+from dataclasses import replace
+
+import pytest
 
 from benchmarks import clickprompt
 from benchmarks.cells.options import LogOptions
@@ -29,7 +32,7 @@ def test_all_variants_are_trained_once_and_compared_with_the_backbone(tmp_path, 
         finetune=PromptFinetuneConfig(epochs=1, batch_size=128),
         seeds=(0,),
         keep=tmp_path / "kept",
-        variants=("with_plm", "no_prompts", "no_pretraining", "neither"),
+        variants=tuple(clickprompt.VARIANTS),
     )
     clickprompt.main(options)
     out = capsys.readouterr().out
@@ -41,6 +44,10 @@ def test_all_variants_are_trained_once_and_compared_with_the_backbone(tmp_path, 
     rows = {row["model"]: row for row in found["rows"]}
     assert list(rows) == ["backbone", "pretrain", "without_plm", *options.variants]
     scored = [row["auc"] for row in found["rows"] if "auc" in row]
-    assert len(set(scored)) == 6 and "300 training, 400 test rows" in out
+    assert len(set(scored)) == 7 and "300 training, 400 test rows" in out
     gain = found["ratios"]["auc_without_plm_less_backbone"]
     assert gain == rows["without_plm"]["auc"] - rows["backbone"]["auc"]
+    with pytest.raises(SystemExit, match="unknown nothing"):
+        clickprompt.main(replace(options, variants=("nothing",)))
+    with pytest.raises(SystemExit, match="variant no_pretraining"):
+        clickprompt.main(replace(options, pretrain=PromptPretrainConfig(epochs=0)))
