@@ -1,0 +1,177 @@
+"""A real Ray cluster on this machine: a head that runs nothing, and three nodes, one with an address of its own."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from pyarrow import fs
+from ray._private.state import available_resources_per_node
+from ray.cluster_utils import Cluster
+
+ROOT = Path(__file__).parents[2]
+CPUS = 2
+NODE = {"num_cpus": CPUS, "object_store_memory": 200_000_000}
+HERE, THERE = "10.77.0.1", "10.77.0.2"
+"""Addresses of this machine and of the namespace, at the two ends of a virtual cable."""
+
+
+@pytest.fixture(scope="session")
+def namespace() -> Iterator[str]:
+    """Name of a network namespace with the address `THERE`, for which this machine is `HERE`."""
+    name = f"ctrdist{os.getpid()}"
+    hosts = Path(f"/etc/netns/{name}/hosts")
+
+    def ip(*arguments: str) -> None:
+        done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no network namespace here: ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+    if shutil.which("ip") is None or os.geteuid():
+        pytest.skip("network namespaces take root, and iproute2")
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", "ctrdist0", "type", "veth", "peer", "name", "ctrdist1", "netns", name)
+        ip("addr", "add", f"{HERE}/24", "dev", "ctrdist0")
+        ip("link", "set", "ctrdist0", "up")
+        for command in (f"addr add {THERE}/24 dev ctrdist1", "link set ctrdist1 up", "link set lo up",
+                        f"route add default via {HERE}"):  # fmt: skip
+            ip("-n", name, *command.split())
+        hosts.parent.mkdir(parents=True, exist_ok=True)  # `ip netns exec` puts it in the place of /etc/hosts
+        hosts.write_text(f"127.0.0.1 localhost\n{THERE} {socket.gethostname()}\n")
+        yield name
+    finally:
+        subprocess.run(["ip", "link", "del", "ctrdist0"], capture_output=True)
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        shutil.rmtree(hosts.parent, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """URI of a bucket of an S3 server, which every node reaches by HTTP as it would Amazon's."""
+    server = pytest.importorskip("moto.server", reason="moto, of the extra dev, is not installed")
+    running = server.ThreadedMotoServer(ip_address="0.0.0.0", port=0, verbose=False)
+    running.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{HERE}:{running.get_host_and_port()[1]}")
+        files, _ = fs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
+        files.create_dir("bucket")
+        yield "s3://bucket"
+    running.stop()
+
+
+class Nodes:
+    """A head without CPUs and three nodes beside it, of which the last one is in a network namespace."""
+
+    def __init__(self, namespace: str) -> None:
+        head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": HERE}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.address = self.cluster.address
+        self.local = [self.add() for _ in range(2)]
+        self.apart = subprocess.Popen(
+            ["ip", "netns", "exec", namespace, str(Path(sys.executable).with_name("ray")), "start", "--block",
+             f"--address={self.address}", f"--node-ip-address={THERE}", f"--num-cpus={CPUS}", "--disable-usage-stats",
+             f"--object-store-memory={NODE['object_store_memory']}"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        ray.init(address=self.address, logging_level="ERROR", log_to_driver=False)
+        self.wait(3)
+
+    def add(self) -> Any:
+        """One more node on this machine's own address."""
+        return self.cluster.add_node(**NODE, node_ip_address=HERE)
+
+    def lose(self, node: Any) -> None:
+        """Kill a node without a word."""
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def wait(self, count: int) -> None:
+        """Until so many nodes can work."""
+        deadline = time.monotonic() + 60
+        while len(self.ids()) != count:
+            assert time.monotonic() < deadline, f"{self.ids()} after a minute"
+            time.sleep(0.2)
+
+    @staticmethod
+    def ids() -> dict[str, str]:
+        """Address of each node that can work, by its id."""
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        return {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
+
+    def close(self) -> None:
+        """End all nodes."""
+        ray.shutdown()
+        os.killpg(self.apart.pid, signal.SIGTERM)
+        self.apart.wait(30)
+        self.cluster.shutdown()
+
+    def run(
+        self, script: str, options: dict[str, Any], seen: Callable[[str], None] | None = None, timeout: float = 900
+    ) -> tuple[str, dict[str, set[str]]]:
+        """Run a job of `jobs/` on the cluster.
+
+        Args:
+            options: by name, without the dashes.
+            seen: called with each line that it prints.
+
+        Returns:
+            What it printed, and by stage the ids of the nodes that worked on it.
+        """
+        command = [sys.executable, *script.split(), *(f"--{name}={value}" for name, value in options.items())]
+        env = os.environ | {"RAY_ADDRESS": self.address}
+        job = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        said, busy, stage = [], defaultdict(set), "start"
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.1):
+                for node, left in available_resources_per_node().items():
+                    if node in self.ids() and left.get("CPU", 0.0) < CPUS:
+                        busy[stage].add(node)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        killer = threading.Timer(timeout, job.kill)
+        killer.start()
+        try:
+            for line in job.stdout:
+                said.append(line)
+                if begun := re.match(r"\d\d:\d\d:\d\d  (\w+) +\.\.\.$", line):
+                    stage = begun[1]
+                if seen:
+                    seen(line)
+            code = job.wait()
+        finally:
+            job.kill()
+            killer.cancel()
+            ended.set()
+            watcher.join()
+        out = "".join(said)
+        print(out)
+        assert code == 0, out
+        return out, dict(busy)
+
+
+@pytest.fixture
+def nodes(namespace: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    """Three nodes, anew for each test."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    made = Nodes(namespace)
+    yield made
+    made.close()
