@@ -16,6 +16,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.servers import postgres, processes  # noqa: F401  fixtures for all tests
+
 torch.set_num_threads(1)
 
 # The same examples each time, however slow the machine.

@@ -20,6 +20,7 @@ from jobs import train as JOB
 from raycluster import cli
 from raycluster.mlflow_server import Server
 from raycluster.versions import SERVED_SINCE, Versions
+from tests.servers import free_port, serve
 
 FIRST = dt.date(2024, 1, 4)
 
@@ -200,3 +201,38 @@ def test_the_days_options_are_taken_from_ctr_yaml(options, versions, tmp_path, c
         RELEASE.run(cli.parse_command(RELEASE.COMMANDS, "", ["list"]))
     with pytest.raises(UserError, match="no release there"):
         RELEASE.run(cli.parse_command(RELEASE.COMMANDS, "", ["list", "--state", str(tmp_path)]))
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
+def test_versions_on_a_real_server(store, request, registered_here, options, processes, tmp_path, monkeypatch):
+    """`mlflow server` over HTTP: days and their gate, rollback, promotion, and a model that is loaded by its alias."""
+    import mlflow
+
+    backend, port = f"sqlite:///{tmp_path}/server.db", free_port()
+    if store == "postgresql":
+        backend, start = request.getfixturevalue("postgres")
+        start()
+    serve(processes, port, backend, tmp_path)
+    uri = f"http://127.0.0.1:{port}"
+    own, untrained = replace(options, state=str(tmp_path / "state"), tracking_uri=uri, keep_releases=0), {"lr": 1e-7}
+    JOB.run(own)
+    for day, ctr in ((5, {"epochs": 1, "table_lr": 1e-7, **untrained}), (6, {"epochs": 6})):
+        JOB.run(replace(own, date=dt.date(2024, 1, day), from_scratch=True, ctr=replace(options.ctr, **ctr)))
+    versions = Versions(Server(uri), "clicks")
+    assert versions.aliases() == {"challenger": "3", "champion": "3"} and versions.champions() == ["1", "3"]
+    assert [report_of(own, day)["gate"]["promoted"] for day in (4, 5, 6)] == [True, False, True]
+    days = {run.info.run_name: run for run in runs_of(versions)}
+    assert {days[f"2024-01-0{day}"].info.status for day in (4, 5, 6)} == {"FINISHED"}
+
+    release(own, "rollback", "--tracking-uri", uri)
+    assert versions.aliases()["champion"] == "1"
+    release(own, "promote", "3", "--tracking-uri", uri)
+    assert versions.aliases()["champion"] == "3"
+
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
+    mlflow.set_tracking_uri(uri)
+    frame = pq.ParquetFile(f"{options.data}/interactions/dt=2024-01-07/part-0.parquet").read().to_pandas()
+    columns = ["user_id", "item_id"]
+    found = mlflow.pyfunc.load_model("models:/clicks@champion").predict(frame[columns])["probability"]
+    scored = pq.read_table(State(own.state).local("runs/2024-01-06/evaluate") / "predictions.parquet")
+    np.testing.assert_allclose(np.sort(found), np.sort(scored["dnn"].to_numpy()), atol=1e-6)

@@ -1,0 +1,101 @@
+"""Real servers that tests start: `mlflow server`, and PostgreSQL behind it."""
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[..., subprocess.Popen]]:
+    """`start(command, ready, **options)`: a process that is waited for until `ready()`, and killed in the end."""
+    started: list[subprocess.Popen] = []
+
+    def start(command: list[str], ready: Callable[[], bool], **options: Any) -> subprocess.Popen:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **options
+        )
+        started.append(process)
+        end = time.monotonic() + 90
+        while not ready():
+            assert process.poll() is None and time.monotonic() < end, command
+            time.sleep(0.1)
+        return process
+
+    yield start
+    for process in started:
+        kill(process)
+
+
+def kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def serve(processes, port: int, backend: str, folder: Path) -> subprocess.Popen:
+    """A real `mlflow server`."""
+
+    def ready() -> bool:
+        try:
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", backend, "--artifacts-destination", str(folder / "artifacts")]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return processes(command, ready, env=environment)
+
+
+@pytest.fixture
+def postgres(processes) -> Iterator[tuple[str, Callable[[], subprocess.Popen]]]:
+    """The URI of an empty PostgreSQL, and what starts it."""
+    if not (shutil.which("initdb") and shutil.which("postgres")):
+        pytest.skip("no PostgreSQL here: initdb and postgres are not on the PATH")
+    pytest.importorskip("psycopg2", reason="MLflow speaks to PostgreSQL by psycopg2")
+    folder, port = Path(tempfile.mkdtemp(prefix="ctrdist-postgres-")), free_port()
+    who = {}
+    if os.getuid() == 0:  # which PostgreSQL refuses
+        user = next(name for name in ("postgres", "nobody") if name in {entry.pw_name for entry in pwd.getpwall()})
+        shutil.chown(folder, user)
+        who = {"user": user}
+    subprocess.run(
+        ["initdb", "-D", folder / "data", "-U", "ctr", "-A", "trust", "--no-sync"],
+        check=True, capture_output=True, cwd=folder, **who,
+    )  # fmt: skip
+
+    def ready() -> bool:
+        import psycopg2
+
+        try:
+            psycopg2.connect(host="127.0.0.1", port=port, user="ctr", dbname="postgres").close()
+        except psycopg2.OperationalError:
+            return False
+        return True
+
+    def start() -> subprocess.Popen:
+        command = ["postgres", "-D", str(folder / "data"), "-F", "-h", "127.0.0.1", "-p", str(port), "-k", ""]
+        return processes(command, ready, cwd=folder, **who)
+
+    yield f"postgresql+psycopg2://ctr@127.0.0.1:{port}/postgres", start
+    shutil.rmtree(folder, ignore_errors=True)
