@@ -5,6 +5,7 @@ by its validation rows. Stages that a trial's values do not change are made once
 went is kept in the state when it ends, so that a sweep that was killed goes on.
 """
 
+import json
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,7 +21,8 @@ from ctrdist.space import Dimension, draw, override, parse_space, value_of
 from ctrdist.storage import fingerprint
 from ctrdist.sweep_report import BEST, PAGE, best_options, sweep_page, sweep_table
 from ctrdist.trials import Trial, at_the_edge, rank, shown
-from raycluster import cluster, tuner
+from raycluster import cluster, reporting, tuner
+from raycluster.code_version import code_version
 from raycluster.day import Day, DayOptions, close_tracker, open_day, say
 from raycluster.tracking import Tracker
 
@@ -103,6 +105,7 @@ def sweep(method: Method, base: Any, options: SweepOptions, spaces: tuple[str, .
     params = base.shown() | {"space": [str(dimension) for dimension in space], "sweep": to_dict(options)}
     try:
         with tracker.run(f"sweep {name}", params=params, tags={"sweep": name, "data": data}) as run_id:
+            tracker.set_tags(run_id, {"code": code_version(), "schema": day.schema.fingerprint})
             run = Sweep(method, base, options, space, day, data, name, tracker, run_id)
             try:
                 run.search()
@@ -206,6 +209,7 @@ class Sweep:
             base.workers, base.batch_sizes(), self.options.at_once, *base.encoding(), base.plan
         )
         at_once = min(at_once, len(waiting))
+        self.tracker.set_tags(self.run_id, {"cluster": json.dumps(plan.cluster)})
         say(f"sweep      {len(waiting)} trials, {at_once} at a time, {plan.workers} workers each")
         options, folder = {trial.name: self.options_of(trial) for trial in waiting}, f"{self.folder}/stages"
         work = tuner.Work(self.method.train, options, self.day, folder, plan, tuner.new_turns())
@@ -233,11 +237,23 @@ class Sweep:
             pass
         if trial.auc is not None:
             self.tracker.log_metrics(self.runs[trial.name], {"auc": trial.auc, "epochs": len(trial.curve)})
+        self.tracker.log_metrics(self.runs[trial.name], {"seconds": trial.seconds})
         cause = {"done": None, "stopped": KeyboardInterrupt(), "failed": UserError(trial.error)}[trial.status]
         self.blocks.pop(trial.name).__exit__(cause and type(cause), cause, None)
         how = f"validation AUC {trial.auc:.4f}" if trial.auc is not None else trial.error
         over = f"{sum(t.status != 'waiting' for t in self.trials)} of {len(self.trials)} trials"
         say(f"{trial.name:10} {trial.status}: {how}, {trial.seconds:.0f} s; {over} are over")
+
+    def costs(self) -> dict[str, float]:
+        """What the stages cost that trials have shared, all outputs of each together, and the trials' own seconds."""
+        out = {"cost.trials.seconds": sum(trial.seconds for trial in self.trials)}
+        for name in self.day.state.names(f"{self.folder}/stages"):
+            stage, made = name.rsplit("/", 1)[1].rsplit("-", 1)[0], self.day.state.find(name)
+            for kind in reporting.COST:
+                if made and made.facts.get(kind) is not None:
+                    key = f"cost.{stage}.{kind}"
+                    out[key] = out.get(key, 0.0) + made.facts[kind]
+        return out
 
     def end_open(self) -> None:
         """End the runs in MLflow of trials that a sweep which is cut off leaves behind."""
@@ -260,7 +276,7 @@ class Sweep:
             (folder / PAGE).write_text(page, encoding="utf-8")
         state.publish(f"{self.folder}/result", (BEST, PAGE), self.folder)
         self.tracker.log_artifacts(self.run_id, state.local(f"{self.folder}/result"))
-        self.tracker.log_metrics(self.run_id, {"best.valid_auc": best.mean, "best.spread": best.spread})
+        self.tracker.log_metrics(self.run_id, {"best.valid_auc": best.mean, "best.spread": best.spread} | self.costs())
         if not self.options.keep_stages:
             state.clear(f"{self.folder}/stages")
         print(f"\n{table}\n", flush=True)

@@ -160,6 +160,17 @@ def test_every_trial_is_a_child_run_with_its_epochs(swept, options):
     assert found["trial 0"].data.metrics["auc"] == pytest.approx(0.53)
 
 
+def test_the_sweeps_run_says_what_it_ran_on_and_what_that_cost(swept, options):
+    found = runs(options)
+    parent = found["sweep s"].data
+    assert {"code", "schema", "data", "cluster"} <= set(parent.tags) and json.loads(parent.tags["cluster"])["CPU"] == 2
+    shared = parent.metrics["cost.shared.seconds"]
+    assert shared > 0 and parent.metrics["cost.shared.cpu_seconds"] == pytest.approx(2 * shared)
+    # The killed try's trial is counted, as it ended in its journal.
+    own = sum(run.data.metrics["seconds"] for name, run in found.items() if "trial" in name)
+    assert parent.metrics["cost.trials.seconds"] == pytest.approx(own) > shared
+
+
 def test_the_best_is_written_down_and_nothing_else_stays(swept, options):
     folder = Path(options.state) / "sweeps" / "s"
     best = yaml.safe_load((folder / "best.yaml").read_text())
