@@ -103,7 +103,7 @@ class DistributedGroup(Group):
     def gather_equal(self, value: Tensor) -> Tensor:
         """`value`, of one shape on all workers, joined along the first dimension."""
         out = value.new_empty((self.size * value.shape[0], *value.shape[1:]))
-        dist.all_gather_into_tensor(out, value)
+        dist.all_gather_single(out, value)
         self.sent += (self.size - 1) * value.nbytes
         return out
 
