@@ -195,7 +195,7 @@ def show(found: list[dict[str, Any]], title: str) -> None:
             gain = line.get(f"gain_{name}")
             shown += ["", ""] if gain is None else [f"{gain.mean():+.4f}", f"{line[f'p_{name}']:.3f}"]
         table.add_row(line["model"], line["lm"], line["variant"], *shown, f"{line['ms_a_step'].mean():.1f}")
-    Console(width=160).print(table)
+    Console(width=180).print(table)
 
 
 def ratios(found: list[dict[str, Any]]) -> dict[str, float]:

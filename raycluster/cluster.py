@@ -265,6 +265,14 @@ def _one(resource: str) -> dict[str, float]:
     return {resource: 1} if resource else {}
 
 
+def numbers(count: int) -> Any:
+    """The numbers from 0 to `count`, column `id`, a block each, as a dataset of Ray Data. No task makes them: those of
+    Ray's own `range` would ask for a CPU each, and wait for ever where training has left less on every node."""
+    import ray
+
+    return ray.data.from_items([{"id": number} for number in range(count)], override_num_blocks=count)
+
+
 def in_parallel(
     function: Callable[..., Any], calls: list[tuple], cpus: float = 1.0, at_once: int = 64
 ) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from ctrdist.storage import Manifest, State
 from ctrdist.text_table import create_text_table, load_text_hashes, load_text_table, seal_text_table
 from ctrdist.text_vectors import TextVectors
 from ctrdist.vocabulary import Vocabulary
-from raycluster.cluster import Plan
+from raycluster.cluster import Plan, numbers
 from raycluster.tokens import Work, tokenised
 
 Numbered = tuple[np.ndarray, str]
@@ -132,7 +132,7 @@ def _encode(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = False
     encoded = (
-        ray.data.range(count, override_num_blocks=count)
+        numbers(count)
         # Asks for another share of a CPU than the actors do: Ray would fuse the two, and nothing ran ahead.
         .map_batches(partial(tokenised, state.uri, ray.put(work), size), batch_size=1, num_cpus=0.5)
         .map_batches(

@@ -24,7 +24,7 @@ from ctrdist.schema import USER_ID, Schema
 from ctrdist.serving.ragged import Column
 from ctrdist.storage import State
 from ctrdist.users import latest, latest_values, read_users, user_fields
-from raycluster.cluster import Plan, in_parallel
+from raycluster.cluster import Plan, in_parallel, numbers
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,8 @@ def stream(
 
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    numbers = ray.data.range(len(chunks), override_num_blocks=len(chunks))
     tasks, reserved = ray.data.TaskPoolStrategy(plan.readers), plan.reader_resources
-    dataset = numbers.map_batches(read, batch_size=1, compute=tasks, **reserved)
+    dataset = numbers(len(chunks)).map_batches(read, batch_size=1, compute=tasks, **reserved)
     if block_rows:
         dataset = dataset.repartition(target_num_rows_per_block=block_rows, strict=False)
         # The task that reads makes the cut too, if Ray fuses the two: operators that ask for the same, and of
