@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 from ctrdist.backbones import BackboneConfigs, dcnv2
@@ -187,6 +188,32 @@ def test_what_is_trained_from_what(case: str, options, monkeypatch):
         assert (alone["start"].name, alone["days"], alone["warm"]) == ("pretrain", ("old", "new"), False)
         assert together[0][5].name == "pretrain" and together[0][6] == ("old", "new") and not together[1]["warm"]
     assert list(called["release"][0][2]) == ["clickprompt"]
+
+
+def test_a_second_day_goes_on_from_the_first_on_new_rows_alone(in_one_process, options, tmp_path):
+    """With learning rates of nothing, the second day ends with the first one's weights."""
+    first = replace(options, state=str(tmp_path), date=date(2024, 1, 3), train_days=3)
+    still = {"lr": 1e-30, "table_lr": 1e-30, "weight_decay": 0.0}
+    second = replace(first, date=FIRST, ctr=replace(first.ctr, **still),
+                     finetune=replace(first.finetune, **still, lm_lr=0.0, prompt_lr=1e-30))  # fmt: skip
+    JOB.run(first)
+    JOB.run(second)
+    state, report, schema = State(str(tmp_path)), report_of(second), Schema.load(Path(options.data) / "schema.yaml")
+    assert list(report["stages"]) == ["tokens", "without_plm", "backbone", "with_plm", "evaluate", "inference"]
+    assert {report["stages"][stage]["rows"] for stage in ("without_plm", "backbone", "with_plm")} == {200}
+    assert state.find(f"releases/{FIRST}").facts["pretrained"] == "2024-01-03" and "attention" not in report
+    for stage in ("without_plm", "backbone", "with_plm"):
+        before, after = (load_scorer(state.local(f"runs/{day}/{stage}"), schema) for day in (first.date, FIRST))
+        old, new = before.state_dict(), after.state_dict()
+        same = [name for name in old if "tables" not in name and "exp_avg" not in name]
+        for name in same:
+            torch.testing.assert_close(new[name], old[name], msg=f"{stage} {name}")
+        assert len(same) > 5
+    # The new day's users and items have rows and texts of their own.
+    tables = [load_click_model(state.local(f"runs/{day}/without_plm"), schema).tables for day in (first.date, FIRST)]
+    assert any(tables[1][name].rows > table.rows for name, table in tables[0].items())
+    for name, table in tables[0].items():
+        torch.testing.assert_close(tables[1][name].weight[: table.rows], table.weight)
 
 
 def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(in_one_process, killed_in_turn, options, tmp_path):
