@@ -11,7 +11,8 @@ same network as it is served (`ctrdist.serving`): the item side is looked up as 
 computed once a request, and the rest is a compiled graph, if there is a C++ compiler.
 
 `gain` finds the vector of each row in memory; `gain_lm` and `m_llm` have the language model read each candidate's text
-with the user's, of fewer candidates: compare these by the time a candidate, which falls with the number for a network.
+with the user's, and `clickprompt_lm` with the prompts of each candidate besides, of fewer candidates: compare these by
+the time a candidate, which falls with the number for a network.
 
 In the paper, on Amazon, the gain network takes 2.1 times the vanilla one's time with RoBERTa, 8.4 times with Qwen2-7B.
 """
@@ -55,21 +56,26 @@ from ctrdist.batch import collate  # noqa: E402
 from ctrdist.encode import ITEM  # noqa: E402
 from ctrdist.export import load_click_model, save_click_model  # noqa: E402
 from ctrdist.interaction_text import TextConfig, interaction_texts, item_sides  # noqa: E402
-from ctrdist.items import Catalog, by_catalog_row, read_items  # noqa: E402
+from ctrdist.items import Catalog, Ragged, by_catalog_row, read_items  # noqa: E402
 from ctrdist.language.encode import EncodeConfig, Encoder, Source  # noqa: E402
+from ctrdist.language.prompts import PromptConfig  # noqa: E402
 from ctrdist.language.source import DEFAULT  # noqa: E402
+from ctrdist.language.tokens import pad  # noqa: E402
+from ctrdist.prompted import finetuning_task, load_prompted, save_prompted  # noqa: E402
 from ctrdist.schema import Schema  # noqa: E402
 from ctrdist.served import write_served  # noqa: E402
 from ctrdist.serving.model import ServedModel  # noqa: E402
 from ctrdist.tasks.click import ClickConfig, ClickModel  # noqa: E402
 from ctrdist.tasks.distill import Distillation, DistillConfig  # noqa: E402
 from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel  # noqa: E402
+from ctrdist.tasks.prompted_click import PromptFinetuneConfig  # noqa: E402
 from ctrdist.text_field import FuseConfig  # noqa: E402
+from ctrdist.text_training import LanguageModelConfig  # noqa: E402
 
 OURS = "ours_"
 NETWORKS = ("backbone", "vanilla", "clickprompt", "cela")
-MODELS = (*NETWORKS, *(OURS + name for name in NETWORKS), "gain", "gain_lm", "m_llm")
-RUNS_LM = ("gain_lm", "m_llm")
+RUNS_LM = ("gain_lm", "m_llm", "clickprompt_lm")
+MODELS = (*NETWORKS, *(OURS + name for name in NETWORKS), "gain", *RUNS_LM)
 VECTORS, TEXTS = "vectors.npy", "text_table.npy"
 
 
@@ -90,6 +96,7 @@ class Options:
         ctr: the network.
         fuse: the text field of CELA's.
         m_llm: the layers on the language model.
+        prompts: what ClickPrompt's language model reads besides.
         text: what the language model reads.
         encode: how it does.
     """
@@ -106,6 +113,7 @@ class Options:
     ctr: ClickConfig = field(default_factory=lambda: ClickConfig(backbone="dcnv2"))
     fuse: FuseConfig = field(default_factory=FuseConfig)
     m_llm: MLLMConfig = field(default_factory=MLLMConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
     text: TextConfig = field(default_factory=TextConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
 
@@ -119,6 +127,10 @@ def write_models(log: Log, options: Options, folder: Path) -> None:
     models |= {"vanilla": pair.vanilla, "gain": pair.gain, "clickprompt": models["backbone"]}
     models["cela"] = ClickModel(log.schema, log.sizes, options.ctr, width, options.fuse, seed)
     ModifiedLanguageModel(width, False, options.m_llm, seed).save(folder)
+    if "clickprompt_lm" in options.models:
+        (folder / "clickprompt_lm").mkdir()
+        parts = models["backbone"], LanguageModelConfig(name=options.lm), options.prompts, PromptFinetuneConfig()
+        save_prompted(finetuning_task(*parts, None, seed), folder / "clickprompt_lm")
     draw = np.random.default_rng(seed)
     for file, dim in ((VECTORS, pair.gain.vector_dim), (TEXTS, width)):
         np.save(folder / file, draw.normal(size=(log.catalog.size, dim)).astype(np.float16))
@@ -184,22 +196,36 @@ class Server:
 
     def states(self) -> Callable[[pa.Table], Tensor]:
         """The language model: a request -> the states [candidates, width] of its texts, float32."""
+        encoder, tokens = Encoder(Source(self.options.lm, pooling="mean").load(), self.options.encode), self.tokens()
+        return lambda request: torch.from_numpy(encoder.encode(tokens(request))).float()
+
+    def tokens(self) -> Callable[[pa.Table], Ragged]:
+        """A request -> the tokens of what is said of each candidate and the user."""
         options, items = self.options, read_items(self.data, self.schema)
-        source = Source(options.lm, pooling="mean")
-        tokens, encoder = source.tokenizer(options.encode.max_length), Encoder(source.load(), options.encode)
-        sides = item_sides(items, self.schema, options.text, tokens)
+        tokenizer = Source(options.lm).tokenizer(options.encode.max_length)
+        sides = item_sides(items, self.schema, options.text, tokenizer)
         fields, free = (by_catalog_row(side, items, self.catalog.ids) for side in sides)
 
-        def read(request: pa.Table) -> Tensor:
+        def read(request: pa.Table) -> Ragged:
             rows, at = raw_fields(request, self.schema), request[ITEM].to_numpy()
-            texts = interaction_texts(rows, at, (fields, free), self.schema, options.text)
-            return torch.from_numpy(encoder.encode(tokens(texts.to_pylist()))).float()
+            return tokenizer(interaction_texts(rows, at, (fields, free), self.schema, options.text).to_pylist())
 
         return read
 
+    def clickprompt_lm(self) -> Score:
+        """ClickPrompt with its language model."""
+        model, tokens = load_prompted(self.folder / "clickprompt_lm", self.schema), self.tokens()
+        padding = model.reader.language_model.tokenizer.pad_token_id or 0
+
+        def score(request: pa.Table) -> Tensor:
+            batch = collate(request, self.schema, self.catalog)
+            return model.predict(replace(batch, tokens=pad(tokens(request), request[ITEM].to_numpy(), padding)))
+
+        return score
+
     def ready(self, name: str) -> Score:
         """What answers as the model `name`."""
-        special = {"gain": self.gain, "gain_lm": self.gain_lm, "m_llm": self.m_llm}
+        special = {name: getattr(self, name) for name in ("gain", *RUNS_LM)}
         if name.startswith(OURS):
             return self.ours(name)
         return special[name]() if name in special else self.network(name)

@@ -22,6 +22,8 @@ from ctrdist.datasets.synthetic import SyntheticConfig, prepare
 from ctrdist.export import load_click_model
 from ctrdist.interaction_text import TextConfig
 from ctrdist.language.encode import EncodeConfig
+from ctrdist.language.tokens import TokenBatch
+from ctrdist.prompted import load_prompted
 from ctrdist.tasks.click import ClickConfig
 from ctrdist.tasks.m_llm import MLLMConfig, ModifiedLanguageModel
 
@@ -82,7 +84,10 @@ def test_each_model_is_what_its_name_says(server, tiny_lm: Path):
     served, log = server
     request = next(draw_requests(log, 5, 1, 1))
     batch, folder = collate(request, log.schema, log.catalog), served.folder
-    answers = {name: served.ready(name)(request) for name in serve.MODELS}
+    with torch.inference_mode(False):  # a prompted language model is put to the test, with gradients, when it is loaded
+        ready = {name: served.ready(name) for name in serve.MODELS}
+        together = load_prompted(folder / "clickprompt_lm", log.schema)
+    answers = {name: score(request) for name, score in ready.items()}
     assert all(len(set(scores.tolist())) == 5 for scores in answers.values())
     assert torch.equal(answers["backbone"], answers["vanilla"]), "as they are drawn, and trained without distillation"
     for name in serve.NETWORKS:
@@ -94,17 +99,21 @@ def test_each_model_is_what_its_name_says(server, tiny_lm: Path):
     items = pq.read_table(Path(served.data) / "items").to_pylist()
     said = dict(zip(log.catalog.ids.lookup(pa.array([item["item_id"] for item in items])), items, strict=True))
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_lm), AutoModel.from_pretrained(tiny_lm).eval()
-    states = []
-    for row in request.to_pylist():
+    states, prompted = [], []
+    for number, row in enumerate(request.to_pylist()):
         item = said[row["item"]]
         parts = [f"{field.name} is {row[f'raw.{field.name}']}." for field in log.schema.row_fields]
         parts += [f"{field.name} is {item[field.name]}." for field in log.schema.item]
         text = " ".join([f"{item['title']}.", item["text"], *parts])
         tokens = tokenizer(text, truncation=True, max_length=16, return_tensors="pt")
         states.append(model(**tokens).last_hidden_state.mean(1))
+        words, candidate = tokens["input_ids"], collate(request.slice(number, 1), log.schema, log.catalog)
+        alone = TokenBatch(torch.tensor([row["item"]]), words, torch.ones_like(words))
+        prompted.append(together.predict(replace(candidate, tokens=alone)))
     m_llm, gain = ModifiedLanguageModel.load(folder), load_click_model(folder / "gain", log.schema)
     layers = m_llm.adapted(torch.cat(states))
     torch.testing.assert_close(answers["m_llm"], torch.sigmoid(m_llm.logits(layers)))
+    torch.testing.assert_close(answers["clickprompt_lm"], torch.cat(prompted))
     torch.testing.assert_close(answers["gain_lm"], gain.predict(replace(batch, vector=layers)))
     vectors = np.load(folder / serve.VECTORS)[request["item"].to_numpy()].astype(np.float32)
     torch.testing.assert_close(answers["gain"], gain.predict(replace(batch, vector=torch.from_numpy(vectors))))
