@@ -247,6 +247,14 @@ class State:
             filesystem_.delete_file(f"{root}/{name}.json")
             filesystem_.delete_dir(f"{root}/{manifest.folder}")
 
+    def scratch(self, file: str) -> str:
+        """Path or URI of a file of the state that is no output's: gone, if it was there, and its folder is there."""
+        filesystem_, root = filesystem(self.uri)
+        with suppress(FileNotFoundError):
+            filesystem_.delete_file(f"{root}/{file}")
+        filesystem_.create_dir(str(Path(root, file).parent), recursive=True)
+        return self.path(file)
+
     def sweep(self, under: str, keep: set[str]) -> None:
         """Remove all that is in folder `under` but the outputs named in `keep`: others, and what never was one."""
         filesystem_, root = filesystem(self.uri)

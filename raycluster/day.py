@@ -16,7 +16,7 @@ from ctrdist.gate import GateConfig
 from ctrdist.log import SPLIT_WINDOW, Part, RowGroup, Window, choose_window, file_facts, list_days, list_row_groups
 from ctrdist.report import console_table
 from ctrdist.schema import Schema
-from ctrdist.storage import Manifest, State, filesystem, fingerprint
+from ctrdist.storage import Manifest, State, fingerprint
 from raycluster import cluster
 from raycluster.code_version import code_version
 from raycluster.mlflow_server import masked
@@ -203,7 +203,7 @@ class Day:
             with self.state.create("schema", self.schema.fingerprint, {"job": self.options.job}) as folder:
                 self.schema.save(folder / "schema.yaml")
 
-    def stage(self, stage: str, inputs: str, make: Callable[[str, str, str | None], Manifest]) -> Manifest:
+    def stage(self, stage: str, inputs: str, make: Callable[[str, str, str], Manifest]) -> Manifest:
         """Do a stage, or take its output from an earlier try that had the same inputs.
 
         Args:
@@ -221,33 +221,23 @@ class Day:
         self.stages[stage] = found
         return found
 
-    def _make(self, stage: str, name: str, inputs: str, make: Callable[[str, str, str | None], Manifest]) -> Manifest:
+    def _make(self, stage: str, name: str, inputs: str, make: Callable[[str, str, str], Manifest]) -> Manifest:
         say(f"{stage:10} ...")
         began = time.monotonic()
         labels = {"stage": stage, "inputs": inputs}
-        root = Path(filesystem(self.state.uri)[1]) if self.state.is_local else None
-        metrics = root and root / f"{name}.metrics.jsonl"
+        metrics = f"{name}.metrics.jsonl"
         with self.tracker.run(stage, self.run_id, tags=labels) as run_id:
-            if metrics:
-                metrics.parent.mkdir(parents=True, exist_ok=True)
-                metrics.unlink(missing_ok=True)
-                with MetricsTail(self.tracker, run_id, metrics, on_record=Progress(stage)):
-                    make(name, inputs, str(metrics))
-                metrics.unlink(missing_ok=True)
-            else:
-                make(name, inputs, None)
+            file = self.state.scratch(metrics)
+            with MetricsTail(self.tracker, run_id, file, on_record=Progress(stage)):
+                make(name, inputs, file)
+            self.state.scratch(metrics)
             seconds = time.monotonic() - began
             cost = {f"{kind.lower()}_seconds": seconds * self.plan.cluster.get(kind, 0) for kind in ("CPU", "GPU")}
             manifest = self.state.annotate(name, {"seconds": seconds, **cost})
-            self._log_stage(run_id, manifest, losses=metrics is None)
+            facts = manifest.facts.items()
+            self.tracker.log_metrics(run_id, {name: v for name, v in facts if isinstance(v, int | float)})
         say(f"{stage:10} {seconds:.0f} s, {manifest.facts['rows']:,} rows")
         return manifest
-
-    def _log_stage(self, run_id: str, manifest: Manifest, losses: bool) -> None:
-        facts = manifest.facts
-        self.tracker.log_metrics(run_id, {name: v for name, v in facts.items() if isinstance(v, int | float)})
-        if losses:
-            self.tracker.log_records(run_id, [{"step": step, "loss": loss} for step, loss in facts.get("losses", [])])
 
 
 def run_day(options: DayOptions, pipeline: Callable[[Day], dict]) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -206,14 +205,14 @@ class MetricsTail:
         """Starts the thread.
 
         Args:
-            path: a file that this process can read: local, or on a file system shared with rank 0.
+            path: a path or URI of a file that this process can read.
             lines: complete lines at the head of the file to pass over, logged by an earlier run of the job.
             every: seconds between looks.
             on_record: called once with each record, in the thread, before it is logged: progress on the console.
         """
         self.lines = lines
         """Complete lines read so far, passed-over ones included: what a later tail resumes from."""
-        self._tracker, self._run_id, self._path = tracker, run_id, Path(path)
+        self._tracker, self._run_id, self._path = tracker, run_id, str(path)
         self._every, self._on_record = every, on_record
         self._skip, self._position = lines, 0
         self._closing = threading.Event()
@@ -241,9 +240,10 @@ class MetricsTail:
 
     def _read(self) -> list[dict]:
         """The records of the whole lines that have come since."""
+        filesystem_, path = filesystem(self._path)
         try:
-            with open(self._path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self._position:
+            with filesystem_.open_input_file(path) as file:
+                if file.size() < self._position:
                     # A resumed training began the file again: all of its lines are new.
                     self.lines = self._skip = self._position = 0
                 file.seek(self._position)

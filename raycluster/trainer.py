@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+from pyarrow.fs import FileType, LocalFileSystem
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
@@ -17,7 +19,7 @@ from ctrdist.checkpoint import Progress
 from ctrdist.group import DistributedGroup, Group
 from ctrdist.loop import LoopConfig, Record, fit
 from ctrdist.sharded import is_collective
-from ctrdist.storage import Manifest, State
+from ctrdist.storage import Manifest, State, filesystem
 from ctrdist.tasks import Task
 from raycluster.cluster import Plan, user_error
 from raycluster.in_order import InOrder
@@ -46,7 +48,7 @@ class Training:
         batches: (rank, workers, step) -> this worker's batches; for tasks on the items.
         valid_batches: the same of the held-out items, from step 0.
         facts: what the output's manifest should say besides; `rows` are those of an epoch, and become those trained on.
-        metrics: local file that rank 0 appends its records to, as JSON lines.
+        metrics: file, a path or URI, that rank 0 appends its records to, as JSON lines.
     """
 
     state: str
@@ -164,7 +166,7 @@ def _work(config: dict[str, Any]) -> None:
 
     resume = state.find(training.checkpoint, training.inputs)
     task = training.task()
-    writers = group if is_collective(task) else Group()
+    writers, record = group if is_collective(task) else Group(), Recorder(training.metrics)
     progress = fit(
         task,
         batches,
@@ -174,8 +176,9 @@ def _work(config: dict[str, Any]) -> None:
         valid=valid if training.valid_stream or training.valid_batches else None,
         resume=state.local(training.checkpoint) if resume else None,
         checkpoint=save_checkpoint,
-        record=Recorder(training.metrics),
+        record=record,
     )
+    record.close()
     if group.rank == 0 or writers.size > 1:
         rows = round(training.facts["rows"] * progress.step / training.loop.steps_per_epoch)
         facts = training.facts | {
@@ -193,14 +196,47 @@ def _work(config: dict[str, Any]) -> None:
 
 
 class Recorder:
-    """Appends records to a file as JSON lines, with the time; nothing without a file."""
+    """Appends records to a file as JSON lines, with the time; nothing without a file.
 
-    def __init__(self, path: str | None) -> None:
-        self.path = path
+    On object storage, where nothing is appended to, the file is written anew, not more often than `every` seconds.
+
+    Args:
+        path: a path or URI.
+        every: seconds.
+    """
+
+    def __init__(self, path: str | None, every: float = 5.0) -> None:
+        self.path, self.every = path, every
+        self.lines: bytes | None = None
+        self.sent, self.waiting = -math.inf, False
 
     def __call__(self, record: Record) -> None:
+        if not self.path:
+            return
+        line = (json.dumps(record | {"time": time.time()}) + "\n").encode()
+        filesystem_, path = filesystem(self.path)
         # A console line is not worth a training: on another node the folder may not be there.
         with contextlib.suppress(OSError):
-            if self.path:
-                with open(self.path, "a") as stream:
-                    stream.write(json.dumps(record | {"time": time.time()}) + "\n")
+            if isinstance(filesystem_, LocalFileSystem):
+                with open(path, "ab") as stream:
+                    stream.write(line)
+                return
+            if self.lines is None:  # of a worker that died
+                known = filesystem_.get_file_info(path).type == FileType.File
+                self.lines = filesystem_.open_input_stream(path).read() if known else b""
+            self.lines, self.waiting = self.lines + line, True
+            if time.monotonic() - self.sent > self.every:
+                self.send()
+
+    def send(self) -> None:
+        """Write what there is to object storage."""
+        filesystem_, path = filesystem(self.path)
+        with filesystem_.open_output_stream(path) as stream:
+            stream.write(self.lines)
+        self.sent, self.waiting = time.monotonic(), False
+
+    def close(self) -> None:
+        """Write what waits."""
+        if self.waiting:
+            with contextlib.suppress(OSError):
+                self.send()

@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.servers import postgres, processes  # noqa: F401  fixtures for all tests
+from tests.servers import postgres, processes, s3  # noqa: F401  fixtures for all tests
 
 torch.set_num_threads(1)
 

@@ -1,6 +1,7 @@
-"""Real servers that tests start: `mlflow server`, and PostgreSQL behind it."""
+"""Real servers that tests start: `mlflow server`, PostgreSQL behind it, and an S3 server."""
 
 import contextlib
+import logging
 import os
 import pwd
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import fs
 
 
 @pytest.fixture
@@ -99,3 +101,34 @@ def postgres(processes) -> Iterator[tuple[str, Callable[[], subprocess.Popen]]]:
 
     yield f"postgresql+psycopg2://ctr@127.0.0.1:{port}/postgres", start
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def serve_s3(address: str = "127.0.0.1", host: str = "") -> Iterator[str]:
+    """URI of a bucket of an S3 server in this process, which pyarrow reaches by HTTP as it would Amazon's.
+
+    Args:
+        address: to listen at.
+        host: by which others reach it; `address` if not given.
+    """
+    server = pytest.importorskip("moto.server", reason="moto, of the extra dev, is not installed")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    running = server.ThreadedMotoServer(ip_address=address, port=0, verbose=False)
+    running.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host or address}:{running.get_host_and_port()[1]}")
+        files, _ = fs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
+        files.create_dir("bucket")
+        yield "s3://bucket"
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """URI of a bucket of an S3 server."""
+    with serve_s3() as uri:
+        yield uri

@@ -126,7 +126,7 @@ def train_on_log(
         precision=config.precision,
     )
 
-    def make(name: str, inputs: str, metrics_file: str | None) -> Manifest:
+    def make(name: str, inputs: str, metrics_file: str) -> Manifest:
         training = Training(
             state=day.state.uri,
             output=name,

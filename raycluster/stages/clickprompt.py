@@ -65,7 +65,7 @@ def tokens(day: Day, read: Read, lm: str, prompts: PromptConfig, config: RowText
     tokenizer = row_tokenizer(lm, config, prompts)
     inputs = fingerprint("by hash", read.identity, tokenizer.fingerprint, to_dict(config))
 
-    def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
+    def make(name: str, inputs: str, _metrics: str) -> Manifest:
         reader = LogReader(day.options.data, day.state.uri, read.output.name)
         schema, _, catalog = reader.open()
         items = pq.read_table(day.state.local(read.output.name) / ITEMS)

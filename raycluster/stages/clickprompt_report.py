@@ -79,7 +79,7 @@ def inference_times(day: Day, read: Read, said: Manifest, models: dict[str, Mani
     """
     inputs = fingerprint(read.identity, said.identity, {name: model.identity for name, model in models.items()})
 
-    def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
+    def make(name: str, inputs: str, _metrics: str) -> Manifest:
         reader, rows = _some_rows(day, read, said)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         batch = encoded_batch(reader, None, rows).to(device)

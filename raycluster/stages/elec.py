@@ -206,7 +206,7 @@ def represent(day: Day, read: Read, text: Manifest, m_llm: Manifest, granularity
     files = sorted({(group.day, group.path) for group in read.groups(used)})
     width = ModifiedLanguageModel.load(day.state.local(m_llm.name)).width
 
-    def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
+    def make(name: str, inputs: str, _metrics: str) -> Manifest:
         day.state.remove(name)  # of other inputs; the files that it names may be replaced from now on
         beside, progress, written = f"{name}.rows", Progress("represent", "files").items, {}
         calls = [(reader, text.name, m_llm.name, beside, inputs, *file) for file in files]

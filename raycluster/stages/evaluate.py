@@ -178,7 +178,7 @@ def evaluate(
     outputs = {name: model.names for name, model in scored_by.items() if model.output}
     written = "".join(name for name, model in scored_by.items() if not model.output)
 
-    def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
+    def make(name: str, inputs: str, _metrics: str) -> Manifest:
         keep = (USER_ID, *filter(None, (day.schema.truth, written and PROBABILITY)))
         device = "cuda" if gpus else "cpu"
         scored = score(reader, groups, keep, day.plan, Scorer, gpus, models=outputs, beside=written, device=device)

@@ -74,7 +74,7 @@ def pretrain(day: Day, read: Read, lm: LanguageModelConfig, config: PretrainConf
         read.output.identity, to_dict(lm), source.identity(lm.name), to_dict(config), day.options.seed
     )  # fmt: skip
 
-    def make(name: str, inputs: str, metrics_file: str | None) -> Manifest:
+    def make(name: str, inputs: str, metrics_file: str) -> Manifest:
         if not config.epochs:
             facts = {"rows": 0, "date": str(day.date), "lm": to_dict(lm)}
             with day.state.create(name, inputs, facts) as folder:
@@ -139,7 +139,7 @@ def align(
     )
     counts = read.counts if config.popularity_power else None
 
-    def make(name: str, inputs: str, metrics_file: str | None) -> Manifest:
+    def make(name: str, inputs: str, metrics_file: str) -> Manifest:
         tokens = _tokens(day, read, Source(lm.name, day.state.uri), config.max_length)
         training = _text_training(
             day,
@@ -178,7 +178,7 @@ def _text_training(
     config: PretrainConfig | AlignConfig,
     epochs: int,
     precision: Precision,
-    metrics_file: str | None,
+    metrics_file: str,
     batches: Callable[..., Iterator[TokenBatch]],
     facts: dict[str, Any],
     **parts: Any,
@@ -257,7 +257,7 @@ def table_of_embeddings(day: Day, stage: str, read: Read, model: Manifest) -> Ma
     """A click model's item embeddings in place of the text table: MF² "w/o text" (CELA, table 4)."""
     inputs = fingerprint(read.output.identity, model.identity)
 
-    def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
+    def make(name: str, inputs: str, _metrics: str) -> Manifest:
         source = day.state.local(read.output.name)
         present = np.load(source / "catalog" / "present.npy")
         vectors = item_embeddings(day.state, read.output.name, model.name).numpy()
@@ -305,7 +305,7 @@ def encode_stage(
             and which of them are encoded.
     """
 
-    def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
+    def make(name: str, inputs: str, _metrics: str) -> Manifest:
         report, previous = Progress(stage, "texts").items, _earlier_tables(day.state)
         source, numbered = texts(name)
         made = encode_items(day.state, name, model, source, config, day.plan, inputs, previous, report, numbered)

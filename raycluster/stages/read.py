@@ -87,7 +87,7 @@ def read_log(day: Day, whole_window: bool = False) -> Read:
     parts = day.schema.fingerprint, files, before and before.identity, day.window, day.options.expire_days, "clicks"
     inputs = fingerprint(*parts)
 
-    def make(name: str, inputs: str, _metrics: str | None) -> Manifest:
+    def make(name: str, inputs: str, _metrics: str) -> Manifest:
         return _read(day, name, inputs, groups, before)
 
     output = day.stage("read", inputs, make)

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import ray
-from pyarrow import fs
 from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
+
+from tests.servers import serve_s3
 
 ROOT = Path(__file__).parents[2]
 CPUS = 2
@@ -60,19 +61,8 @@ def namespace() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """URI of a bucket of an S3 server, which every node reaches by HTTP as it would Amazon's."""
-    server = pytest.importorskip("moto.server", reason="moto, of the extra dev, is not installed")
-    running = server.ThreadedMotoServer(ip_address="0.0.0.0", port=0, verbose=False)
-    running.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-        patch.setenv("AWS_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{HERE}:{running.get_host_and_port()[1]}")
-        files, _ = fs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
-        files.create_dir("bucket")
-        yield "s3://bucket"
-    running.stop()
+    with serve_s3("0.0.0.0", HERE) as uri:
+        yield uri
 
 
 class Nodes:

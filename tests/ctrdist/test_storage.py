@@ -13,24 +13,6 @@ from ctrdist.group import Group
 from ctrdist.storage import State, filesystem, fingerprint
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """URI of a bucket of an S3 server in this process, which pyarrow reaches by HTTP as it would Amazon's."""
-    server = pytest.importorskip("moto.server", reason="moto, of the extra dev, is not installed")
-    running = server.ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "anybody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-        patch.setenv("AWS_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*running.get_host_and_port()))
-        files, _ = fs.FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")
-        files.create_dir("bucket")
-        yield "s3://bucket"
-    running.stop()
-
-
 @pytest.fixture(params=["local", "file://", "remote", "s3"])
 def state(request, tmp_path, monkeypatch) -> State:
     """A state in a folder, under a URI, on a filesystem that is not this machine's (Arrow's in memory), and on S3."""
@@ -151,6 +133,15 @@ def test_remove(state):
     state.remove("x")
     assert state.find("x") is None
     assert objects(state) == {"y.json", f"{state.find('y').folder}/a.txt", f"{state.find('y').folder}/deep/er/b.txt"}
+
+
+def test_a_scratch_file_is_gone_when_it_is_asked_for_again(state):
+    uri = state.scratch("runs/a/notes.jsonl")
+    filesystem_, path = storage.filesystem(uri)
+    with filesystem_.open_output_stream(path) as stream:
+        stream.write(b"{}")
+    assert "runs/a/notes.jsonl" in objects(state) and not state.names("runs/a")
+    assert state.scratch("runs/a/notes.jsonl") == uri and "runs/a/notes.jsonl" not in objects(state)
 
 
 def test_published_files_lie_where_people_look_and_a_cleared_folder_is_gone(state):

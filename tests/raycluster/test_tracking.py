@@ -7,8 +7,10 @@ import time
 import pytest
 
 from ctrdist.errors import UserError
+from ctrdist.storage import State
 from raycluster import mlflow_server, tracking
 from raycluster.tracking import MetricsTail, Tracker
+from raycluster.trainer import Recorder
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,27 @@ def test_tail_reads_a_file_that_began_again(tracker, tmp_path):
     path.write_text('{"step": 2, "auc": 0.7}\n')
     tail.close()
     assert history(tracker, run, "auc") == [(2, 0.7)] and tail.lines == 1
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_what_a_worker_records_is_followed_while_it_trains(where, request, tracker, tmp_path):
+    """On object storage the file is written anew with all of its lines, a later worker's after a dead one's."""
+    state = State(tmp_path if where == "local" else request.getfixturevalue("s3"))
+    file, run, seen = state.scratch("runs/a/id.metrics.jsonl"), tracker.start_run(f"followed {where}"), []
+    first, second = Recorder(file, every=0.0), Recorder(file, every=3600.0)
+    with MetricsTail(tracker, run, file, every=0.02, on_record=seen.append):
+        for step in range(1, 5):
+            first({"step": step, "loss": 1 / step})
+            deadline = time.monotonic() + 10
+            while len(seen) < step and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(seen) == step, "each is seen while the next one is not there"
+        for step in range(5, 9):
+            second({"step": step, "loss": 1 / step})
+        second.close()
+    assert history(tracker, run, "loss") == [(step, 1 / step) for step in range(1, 9)]
+    Recorder(None)({"step": 1})
+    Recorder(str(tmp_path / "nowhere" / "file"))({"step": 1})
 
 
 @pytest.mark.parametrize("uri", ["nonsense://me:secret@x", "sqlite:////proc/none/mlflow.db"])

@@ -54,12 +54,12 @@ def made(state: Path) -> list[str]:
 def cheap(day: Day, options: CheapOptions) -> None:
     """A shared stage, and one whose AUC is as good as `quality`; which also says how it is to go wrong."""
 
-    def shared(name: str, inputs: str, _metrics: str | None):
+    def shared(name: str, inputs: str, _metrics: str):
         log(day, f"shared-{options.seed}")
         with day.state.create(name, inputs, {"rows": 1}):
             pass
 
-    def served(name: str, inputs: str, metrics: str | None):
+    def served(name: str, inputs: str, metrics: str):
         quality = options.part.quality
         log(day, f"served-{quality}-{options.seed}")
         curve = [[epoch, quality + 0.01 * epoch + 0.001 * options.seed] for epoch in (1, 2, 3)]
