@@ -4,7 +4,8 @@ Same weights, same texts, same cut of them. `st` is sentence-transformers' `enco
 in bfloat16 at several batch sizes, the best of which counts, `loop` our encoder in one process, tokenising included,
 and `ray` the whole path of the job, from texts in a state to a checked table. Each runs in a process of its own, all
 in turns and under the same settings of the C allocator; the median counts. Of `ray` the speed is that from the first
-shard's begin to the last one's end: actors take seconds to start, once a table, and `whole_s` has those as well. A peak
+shard's begin to the last one's end: actors take seconds to start, once a table, meanwhile the first shards are
+tokenised, and `whole_s` has all of that as well. A peak
 is the best rate of a sweep of square products in the same run, and work counts on real tokens, padding not counted.
 Vectors must agree with `st` to a cosine of .999.
 

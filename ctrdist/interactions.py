@@ -70,7 +70,7 @@ class Interactions:
         """Map what `save` wrote."""
         table = pa.ipc.open_file(pa.memory_map(str(folder / SIDES))).read_all()
         config = from_dict(TextConfig(), json.loads((folder / OPTIONS).read_text()), str(folder / OPTIONS))
-        sides = table["fields"].combine_chunks(), table["free"].combine_chunks()
+        sides = table["fields"].chunk(0), table["free"].chunk(0)
         return cls(sides, schema, catalog, config, np.load(folder / HASHES, mmap_mode="r"))
 
     def texts(self, rows: pa.Table) -> pa.Array:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from ctrdist.encode import ITEM, SAID, vectors_of
 from ctrdist.errors import UserError
 from ctrdist.interaction_text import TextConfig, item_sides
-from ctrdist.interactions import find, merged
+from ctrdist.interactions import Texts, find, merged
 from ctrdist.items import Catalog, ItemTexts, Ragged, text_hashes
 from ctrdist.language.assemble import RowTokenizer, RowTokens, say
 from ctrdist.language.tokenizer import TextTokenizer
@@ -73,7 +73,7 @@ class RowTexts:
     @classmethod
     def of(
         cls,
-        said: Iterable[list[pa.Array]],
+        said: Iterable[list[Texts]],
         items: pa.Table,
         schema: Schema,
         catalog: Catalog,
@@ -90,7 +90,7 @@ class RowTexts:
             UserError: the tokenizer is none of the library `tokenizers`.
         """
         own, its = _spoken(schema.row_fields, config), _spoken(schema.item, config)
-        by_hash = [merged((text_hashes(t.to_pylist()), t) for t in found) for found in zip(*said, strict=True)]
+        by_hash = [merged(found) for found in zip(*said, strict=True)]
         texts = [texts for _, texts in by_hash] if own else []
         at, columns = catalog.ids.lookup(items[ITEM_ID], ITEM_ID), []
         free = pa.table({FREE_TEXT: item_sides(items, schema, config, tokenizer)[1]})
@@ -160,16 +160,18 @@ class RowTexts:
             Ragged(ids, offsets),
             clean,
         )
-        hashes = tuple(np.load(folder / f"hashes.{number}.npy") for number in range(len(about["parts"])))
+        numbers = range(len(about["parts"]))
+        hashes = tuple(np.load(folder / f"hashes.{number}.npy", mmap_mode="r") for number in numbers)
         return cls(tuple(about["fields"]), about["rows"], tuple(about["parts"]), items, made, about["first"], hashes)
 
 
-def distinct(rows: pa.Table, schema: Schema, config: RowTextConfig) -> list[pa.Array]:
-    """The distinct texts of each user and context field that something is said of, in rows of the log."""
-    return [_say(rows[name], part, name)[0] for name, part in _spoken(schema.row_fields, config)]
+def distinct(rows: pa.Table, schema: Schema, config: RowTextConfig) -> list[Texts]:
+    """The distinct texts of each user and context field that something is said of, in rows of the log, by hash."""
+    said = [_say(rows[name], part, name)[0] for name, part in _spoken(schema.row_fields, config)]
+    return [merged([(text_hashes(texts.to_pylist()), texts)]) for texts in said]
 
 
-def distinct_of_group(data: str, group: RowGroup, schema: Schema, config: RowTextConfig) -> list[pa.Array]:
+def distinct_of_group(data: str, group: RowGroup, schema: Schema, config: RowTextConfig) -> list[Texts]:
     """`distinct` of all rows of a row group, bad ones included. A process that calls it loads no torch."""
     return distinct(read_row_group(data, group, schema), schema, config)
 

@@ -223,6 +223,19 @@ class State:
         _check(folder, manifest, self)
         return folder
 
+    def read(self, output: Manifest, file: str) -> bytes:
+        """The bytes of one file of an output, unchecked; of a remote one nothing else is fetched.
+
+        Raises:
+            UserError: it is not there.
+        """
+        filesystem_, root = filesystem(self.uri)
+        try:
+            with filesystem_.open_input_stream(f"{root}/{output.folder}/{file}") as stream:
+                return stream.read()
+        except OSError as error:
+            raise UserError(f"{self.path(output.folder)}/{file}: cannot be read ({error})") from None
+
     def _copy(self, source: str, folder: Path, manifest: Manifest) -> None:
         """Copy remote files to local `folder` at once: another process of this machine may be doing the same."""
         filesystem_, _ = filesystem(self.uri)

@@ -31,6 +31,10 @@ class TextVectors:
         self._sources.append(vectors)
         return int(np.isin(self._which, at[ours]).sum())
 
+    def lacks(self, hashes: np.ndarray) -> bool:
+        """Whether a text without a vector is among those with these hashes, uint64 [m]."""
+        return bool(np.isin(self.hashes[self._source < 0], hashes).any())
+
     @property
     def missing(self) -> np.ndarray:
         """Numbers of the texts without a vector, one for each distinct text, ascending, int64."""

@@ -8,6 +8,7 @@ encoded. Tasks on CPUs tokenise ahead of the actors (`ctrdist.language.encode.Sh
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ctrdist.errors import UserError
 from ctrdist.items import ItemTexts
 from ctrdist.language.encode import HASHES, VECTORS, EncodeConfig, ShardEncoder, Source
 from ctrdist.storage import Manifest, State
+from ctrdist.text_table import HASHES as HASHES_FILE
 from ctrdist.text_table import create_text_table, load_text_hashes, load_text_table, seal_text_table
 from ctrdist.text_vectors import TextVectors
 from ctrdist.vocabulary import Vocabulary
@@ -106,6 +108,8 @@ def _add_tables(known: TextVectors, state: State, tables: Iterable[Manifest], ma
             break
         if table.facts.get("model") == made_by:
             try:
+                if not known.lacks(np.load(BytesIO(state.read(table, HASHES_FILE)))):
+                    continue  # of many days' tables few are opened
                 folder = state.local(table.name)
                 gained += known.add(load_text_hashes(folder), load_text_table(folder, model=made_by))
             except UserError as error:

@@ -62,7 +62,7 @@ class LogReader:
             return BesideLog(State(self.state), self.beside, self.data).columns(keep)
         if self.tokens:
             return self.row_texts().numbers
-        return _interactions(self.state, self.output, self.texts).numbers if self.texts else None
+        return interactions(self.state, self.output, self.texts).numbers if self.texts else None
 
     def row_texts(self) -> RowTexts | None:
         """What makes the tokens of rows, if they are read."""
@@ -78,7 +78,8 @@ def _open(state: str, output: str) -> tuple[Schema, dict[str, Encoder], Catalog]
 
 
 @lru_cache(maxsize=2)
-def _interactions(state: str, output: str, texts: str) -> Interactions:
+def interactions(state: str, output: str, texts: str) -> Interactions:
+    """What output `texts` has of the texts of rows that were read as `output`; kept for the next call of a process."""
     schema, _, catalog = _open(state, output)
     return Interactions.load(State(state).local(texts), schema, catalog)
 

@@ -21,7 +21,7 @@ from ctrdist.space import Dimension, draw, override, parse_space, value_of
 from ctrdist.storage import fingerprint
 from ctrdist.sweep_report import BEST, PAGE, best_options, sweep_page, sweep_table
 from ctrdist.trials import Trial, at_the_edge, rank, shown
-from raycluster import cluster, reporting, tuner
+from raycluster import cluster, tuner
 from raycluster.code_version import code_version
 from raycluster.day import Day, DayOptions, close_tracker, open_day, say
 from raycluster.tracking import Tracker
@@ -245,14 +245,14 @@ class Sweep:
         say(f"{trial.name:10} {trial.status}: {how}, {trial.seconds:.0f} s; {over} are over")
 
     def costs(self) -> dict[str, float]:
-        """What the stages cost that trials have shared, all outputs of each together, and the trials' own seconds."""
+        """Seconds of the stages that trials have shared, all outputs of each together, and of the trials, which contain
+        these: a stage's in the trial that made it, and as waiting in those that needed it meanwhile."""
         out = {"cost.trials.seconds": sum(trial.seconds for trial in self.trials)}
         for name in self.day.state.names(f"{self.folder}/stages"):
             stage, made = name.rsplit("/", 1)[1].rsplit("-", 1)[0], self.day.state.find(name)
-            for kind in reporting.COST:
-                if made and made.facts.get(kind) is not None:
-                    key = f"cost.{stage}.{kind}"
-                    out[key] = out.get(key, 0.0) + made.facts[kind]
+            if made and "seconds" in made.facts:
+                key = f"cost.{stage}.seconds"
+                out[key] = out.get(key, 0.0) + made.facts["seconds"]
         return out
 
     def end_open(self) -> None:

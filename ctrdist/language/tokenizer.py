@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from ctrdist.errors import UserError
 from ctrdist.items import Ragged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 20_000
+"""Texts whose encodings are held at a time."""
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_length: int) -> Ragged:
@@ -60,20 +63,20 @@ class TextTokenizer:
 
     def shorten(self, texts: list[str], count: int) -> list[str]:
         """The beginning of each text: as many whole words as make at most `count` tokens, special ones not counted. Of
-        a first word that is longer, its own first tokens.
+        a first word that is longer, its own first tokens. Words are the tokenizer's, or what is between spaces where it
+        knows none.
 
         Raises:
             UserError: see `uncut`.
         """
         out = []
-        for text, found in zip(texts, self.uncut.encode_batch(texts, add_special_tokens=False), strict=True):
-            if len(found) > count:
-                words, offsets = found.word_ids, found.offsets
-                end = next((end for end in range(count, 0, -1) if words[end - 1] != words[end]), count)
-                while end and offsets[end - 1][1] > offsets[end][0]:  # amid the bytes of a character
-                    end -= 1
-                text = text[: offsets[end - 1][1]].rstrip() if end else ""
-            out.append(text)
+        for start in range(0, len(texts), _CHUNK):
+            chunk = texts[start : start + _CHUNK]
+            found = self.uncut.encode_batch(chunk, add_special_tokens=False)
+            out += [
+                text if len(tokens) <= count else _beginning(text, tokens, count)
+                for text, tokens in zip(chunk, found, strict=True)
+            ]
         return out
 
     @property
@@ -97,6 +100,20 @@ class TextTokenizer:
         if not isinstance(content, str):
             content = json.dumps([type(content).__name__, sorted(content.get_vocab().items())])
         return hashlib.sha256(f"{self.limit} {self.padding} {content}".encode()).hexdigest()[:16]
+
+
+def _beginning(text: str, tokens: Encoding, count: int) -> str:
+    """Of a text of more than `count` tokens what `TextTokenizer.shorten` leaves."""
+    words, offsets = tokens.word_ids, tokens.offsets
+
+    def is_cut(end: int) -> bool:
+        between = text[offsets[end - 1][1] - 1 : offsets[end][0] + 1]
+        return words[end - 1] != words[end] or (words[0] == words[-1] and any(c.isspace() for c in between))
+
+    end = next((end for end in range(count, 0, -1) if is_cut(end)), count)
+    while end and offsets[end - 1][1] > offsets[end][0]:  # amid the bytes of a character
+        end -= 1
+    return text[: offsets[end - 1][1]].rstrip() if end else ""
 
 
 @lru_cache(maxsize=2)

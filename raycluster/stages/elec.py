@@ -32,7 +32,7 @@ from ctrdist.text_table import TextTableFacts
 from raycluster.cluster import in_parallel
 from raycluster.day import Day, Progress, say
 from raycluster.encoder import Numbered, catalog_rows
-from raycluster.ingest import LogReader
+from raycluster.ingest import LogReader, interactions
 from raycluster.stages.click import encoded_batch, grown_model, train_on_log
 from raycluster.stages.language import encode_stage
 from raycluster.stages.read import ITEMS, Days, Read
@@ -69,17 +69,21 @@ def encode_interactions(
         days: to train on.
     """
     parts = granularity, to_dict(text), to_dict(config), [str(d) for d in days]
-    inputs = fingerprint(read.identity, model.fingerprint(config), *parts)
-    tokenizer = model.tokenizer(config.max_length)
+    inputs = fingerprint("texts by name", read.identity, model.fingerprint(config), *parts)
 
     def texts(stage: str) -> tuple[str, Numbered]:
+        tokenizer = model.tokenizer(config.max_length)
         if granularity == "item":
-            made = item_text_output(day, read, text, tokenizer, texts_of(stage))
+            made = item_text_output(day, read, text, tokenizer, stage)
             return made.name, catalog_rows(day.state, read.output.name)
-        made = interaction_output(day, read, text, tokenizer, days, texts_of(stage))
+        made = interaction_output(day, read, text, tokenizer, days, stage)
         return made.name, (np.arange(made.facts["rows"]), made.identity)
 
-    return encode_stage(day, "encode", texts, model, config, inputs)
+    made = encode_stage(day, "encode", texts, model, config, inputs)
+    for name in day.state.names(made.name.rpartition("/")[0]):  # of other options, whose table is gone too
+        if name.startswith(f"{made.name}.texts-") and name != made.facts["texts"]:
+            day.state.remove(name)
+    return made
 
 
 def days_used(day: Day, days: Days) -> Days:
@@ -88,14 +92,15 @@ def days_used(day: Day, days: Days) -> Days:
     return days + day.window.valid + day.window.test
 
 
-def texts_of(encoded: str) -> str:
-    """Name of the output with the texts that output `encoded` has the states of."""
-    return f"{encoded}.texts"
+def meaning(config: TextConfig, tokenizer: TextTokenizer) -> str:
+    """Fingerprint of what is said; the tokenizer has a part in it where it cuts."""
+    return fingerprint(to_dict(config), tokenizer.fingerprint if config.item_tokens else None)
 
 
-def item_text_output(day: Day, read: Read, config: TextConfig, tokenizer: TextTokenizer, name: str) -> Manifest:
-    """The text of each item, by catalog row, as output `name`."""
-    inputs = fingerprint("item", read.output.identity, to_dict(config), tokenizer.fingerprint)
+def item_text_output(day: Day, read: Read, config: TextConfig, tokenizer: TextTokenizer, stage: str) -> Manifest:
+    """The text of each item, by catalog row, as an output beside that of `stage`."""
+    inputs = fingerprint("item", read.output.identity, meaning(config, tokenizer))
+    name = f"{stage}.texts-{inputs}"
     if day.state.find(name, inputs) is None:
         _, _, catalog = _reader(day, read).open()
         items = pq.read_table(day.state.local(read.output.name) / ITEMS)
@@ -106,17 +111,17 @@ def item_text_output(day: Day, read: Read, config: TextConfig, tokenizer: TextTo
 
 
 def interaction_output(
-    day: Day, read: Read, config: TextConfig, tokenizer: TextTokenizer, days: Days, name: str
+    day: Day, read: Read, config: TextConfig, tokenizer: TextTokenizer, days: Days, stage: str
 ) -> Manifest:
-    """The distinct texts of all rows of `days_used`, as output `name`."""
+    """The distinct texts of all rows of `days_used`, as an output beside that of `stage`."""
     used = days_used(day, days)
-    parts = to_dict(config), tokenizer.fingerprint, [str(d) for d in used]
-    inputs = fingerprint("interaction", read.identity, *parts)
+    inputs = fingerprint("interaction", read.identity, meaning(config, tokenizer), [str(d) for d in used])
+    name, sides = f"{stage}.texts-{inputs}", f"{stage}.sides"
     if day.state.find(name, inputs) is None:
         reader = _reader(day, read)
         _, _, catalog = reader.open()
         items = pq.read_table(day.state.local(read.output.name) / ITEMS)
-        made, sides = Interactions.of(items, day.schema, catalog, config, tokenizer), f"{name}.sides"
+        made = Interactions.of(items, day.schema, catalog, config, tokenizer)
         with day.state.create(sides, inputs) as folder:  # made once, for all tasks
             made.save(folder)
         groups = {(group.path, group.index): group for group in read.groups(used)}  # a split's are of the same rows
@@ -125,19 +130,19 @@ def interaction_output(
         say(f"encode     {len(texts[0]):,} distinct texts of {read.total(used):,} interactions")
         with day.state.create(name, inputs, {"rows": len(texts[0])}) as folder:
             made.save(folder, texts)
-        day.state.remove(sides)
+    day.state.remove(sides)
     return day.state.find(name)
 
 
 def _distinct_texts(reader: LogReader, sides: str, group: RowGroup) -> Texts:
-    schema, _, catalog = reader.open()
-    made = Interactions.load(State(reader.state).local(sides), schema, catalog)
+    schema, _, _ = reader.open()
+    made = interactions(reader.state, reader.output, sides)
     return made.distinct(group, read_row_group(reader.data, group, schema))
 
 
 def _reader(day: Day, read: Read, text: Manifest | None = None, granularity: Granularity = "item") -> LogReader:
     """Reads the log and, if interactions have texts of their own, the numbers of these, encoded in `text`."""
-    texts = texts_of(text.name) if text and granularity == "interaction" else ""
+    texts = text.facts["texts"] if text and granularity == "interaction" else ""
     return LogReader(day.options.data, day.state.uri, read.output.name, texts=texts)
 
 

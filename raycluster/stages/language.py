@@ -298,7 +298,8 @@ def encode_stage(
     config: EncodeConfig,
     inputs: str,
 ) -> Manifest:
-    """`encode_items` as a stage. What a table of an earlier run has of the same text and model is taken over.
+    """`encode_items` as a stage. What a table of an earlier run has of the same text and model is taken over. Its facts
+    name the output with the `texts`.
 
     Args:
         texts: called with the name of the stage's output, to make the texts or find them: the output that holds them,
@@ -309,6 +310,7 @@ def encode_stage(
         report, previous = Progress(stage, "texts").items, _earlier_tables(day.state)
         source, numbered = texts(name)
         made = encode_items(day.state, name, model, source, config, day.plan, inputs, previous, report, numbered)
+        day.state.annotate(name, {"texts": source})
         say(f"{stage:10} {made.facts['texts_encoded']:,} texts encoded, {made.facts['copied']:,} rows copied")
         return made
 

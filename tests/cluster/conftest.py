@@ -1,5 +1,9 @@
-"""A real Ray cluster on this machine: a head that runs nothing, and three nodes, one with an address of its own."""
+"""A real Ray cluster on this machine: a head that runs nothing, and three nodes, one with an address of its own.
 
+What they need is asked for by name (`make test-cluster`): where it is missing they fail.
+"""
+
+import contextlib
 import os
 import re
 import shutil
@@ -31,35 +35,35 @@ HERE, THERE = "10.77.0.1", "10.77.0.2"
 @pytest.fixture(scope="session")
 def namespace() -> Iterator[str]:
     """Name of a network namespace with the address `THERE`, for which this machine is `HERE`."""
-    name = f"ctrdist{os.getpid()}"
+    name, link = f"ctrdist{os.getpid()}", f"ctr{os.getpid()}"
     hosts = Path(f"/etc/netns/{name}/hosts")
 
     def ip(*arguments: str) -> None:
         done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"no network namespace here: ip {' '.join(arguments)}: {done.stderr.strip()}")
+        assert not done.returncode, f"no network namespace here: ip {' '.join(arguments)}: {done.stderr.strip()}"
 
-    if shutil.which("ip") is None or os.geteuid():
-        pytest.skip("network namespaces take root, and iproute2")
+    assert shutil.which("ip") and not os.geteuid(), "network namespaces take root, and iproute2"
+    taken = subprocess.run(["ip", "-o", "addr", "show", "to", HERE], capture_output=True, text=True).stdout
+    assert not taken, f"{HERE} is taken, by another run or one that was killed (`ip link del` it): {taken}"
     ip("netns", "add", name)
     try:
-        ip("link", "add", "ctrdist0", "type", "veth", "peer", "name", "ctrdist1", "netns", name)
-        ip("addr", "add", f"{HERE}/24", "dev", "ctrdist0")
-        ip("link", "set", "ctrdist0", "up")
-        for command in (f"addr add {THERE}/24 dev ctrdist1", "link set ctrdist1 up", "link set lo up",
+        ip("link", "add", link, "type", "veth", "peer", "name", "ctrdist", "netns", name)
+        ip("addr", "add", f"{HERE}/24", "dev", link)
+        ip("link", "set", link, "up")
+        for command in (f"addr add {THERE}/24 dev ctrdist", "link set ctrdist up", "link set lo up",
                         f"route add default via {HERE}"):  # fmt: skip
             ip("-n", name, *command.split())
         hosts.parent.mkdir(parents=True, exist_ok=True)  # `ip netns exec` puts it in the place of /etc/hosts
         hosts.write_text(f"127.0.0.1 localhost\n{THERE} {socket.gethostname()}\n")
         yield name
     finally:
-        subprocess.run(["ip", "link", "del", "ctrdist0"], capture_output=True)
+        subprocess.run(["ip", "link", "del", link], capture_output=True)
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
         shutil.rmtree(hosts.parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
+def bucket(namespace: str) -> Iterator[str]:
     """URI of a bucket of an S3 server, which every node reaches by HTTP as it would Amazon's."""
     with serve_s3("0.0.0.0", HERE) as uri:
         yield uri
@@ -79,8 +83,12 @@ class Nodes:
              f"--object-store-memory={NODE['object_store_memory']}"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        ray.init(address=self.address, logging_level="ERROR", log_to_driver=False)
-        self.wait(3)
+        try:
+            ray.init(address=self.address, logging_level="ERROR", log_to_driver=False)
+            self.wait(3)
+        except BaseException:
+            self.close()
+            raise
 
     def add(self) -> Any:
         """One more node on this machine's own address."""
@@ -106,9 +114,12 @@ class Nodes:
     def close(self) -> None:
         """End all nodes."""
         ray.shutdown()
-        os.killpg(self.apart.pid, signal.SIGTERM)
-        self.apart.wait(30)
-        self.cluster.shutdown()
+        try:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self.apart.pid, signal.SIGTERM)
+                self.apart.wait(30)
+        finally:
+            self.cluster.shutdown()
 
     def run(
         self, script: str, options: dict[str, Any], seen: Callable[[str], None] | None = None, timeout: float = 900
@@ -120,7 +131,8 @@ class Nodes:
             seen: called with each line that it prints.
 
         Returns:
-            What it printed, and by stage the ids of the nodes that worked on it.
+            What it printed, and by stage the ids of the nodes with a CPU and more in use while it lasted: a training
+            worker has 1.5, a task that reads half of one.
         """
         command = [sys.executable, *script.split(), *(f"--{name}={value}" for name, value in options.items())]
         env = os.environ | {"RAY_ADDRESS": self.address}
@@ -131,7 +143,7 @@ class Nodes:
         def watch() -> None:
             while not ended.wait(0.1):
                 for node, left in available_resources_per_node().items():
-                    if node in self.ids() and left.get("CPU", 0.0) < CPUS:
+                    if node in self.ids() and CPUS - left.get("CPU", 0.0) >= 1.0:
                         busy[stage].add(node)
 
         watcher = threading.Thread(target=watch, daemon=True)

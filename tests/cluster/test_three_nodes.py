@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cluster
 DATE = "2024-01-04"
 DAY = {"date": DATE, "train-days": 4, "test-days": 2}
 SPREAD = {
-    # A node has room for one such process besides its tasks: training, scoring and encoding are spread over all.
+    # A node has room for one such process besides its tasks: training and encoding are spread over all.
     "workers": 3, "plan.worker-cpus": 1.5, "plan.reader-gib": 0.1, "lm.pooling": "mean",
 }  # fmt: skip
 JOBS = {
@@ -67,17 +67,17 @@ def test_a_day_ends_well_though_a_node_is_lost_and_another_joins(job, nodes, dat
     apart = [node for node, address in nodes.ids().items() if address == THERE]
     for stage in TRAINED[job]:
         assert len(busy[stage]) >= 3 and busy[stage] & set(apart), (stage, busy)
-    report = report_of(state)
     tested = sum(pq.read_table(data / "interactions" / f"dt=2024-01-{day:02}").num_rows for day in (5, 6))
-    assert report["rows"]["test"] == tested, "every row was scored once"
-    assert State(state).find(f"releases/{DATE}") is not None
+    scored = pq.read_table(State(state, tmp_path / "cache").local(f"runs/{DATE}/evaluate") / "predictions.parquet")
+    assert scored.num_rows == tested == report_of(state)["rows"]["test"], "every row was scored once"
+    assert lost is None and State(state).find(f"releases/{DATE}") is not None
 
 
 def test_a_sweep_spreads_its_trials_and_ends_well_though_a_node_is_lost(nodes, data, tiny_lm, tmp_path):
     state = str(tmp_path / "state")
     options = {"data": data, "state": state, "lm.name": tiny_lm} | DAY | {
         "lm.pooling": "mean", "workers": 1, "plan.worker-cpus": 1, "plan.reader-gib": 0.1,
-    } | JOBS["cela"] | {"ctr.epochs": 1}  # fmt: skip
+    } | JOBS["cela"]  # fmt: skip
     sweep = {"sweep.trials": 4, "sweep.finalists": 1, "sweep.seeds": 1, "sweep.at-once": 3, "space": "tau2"}
     lost = nodes.local[0]
 
@@ -90,4 +90,7 @@ def test_a_sweep_spreads_its_trials_and_ends_well_though_a_node_is_lost(nodes, d
             nodes.add()
 
     out, _ = nodes.run("jobs/sweep.py cela", options | sweep, seen)
-    assert "best" in out
+    assert lost is None and "4 trials, 3 at a time" in out and "failed:" not in out
+    trials = [State(state).find(name).facts for name in State(state).names("sweeps/cela-2024-01-04/trials")]
+    assert len(trials) == 4 + 1 and {trial["status"] for trial in trials} <= {"done", "stopped"}
+    assert (Path(state) / "sweeps" / "cela-2024-01-04" / "best.yaml").exists()

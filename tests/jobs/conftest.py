@@ -141,7 +141,8 @@ def run_here() -> Callable[..., None]:
 
 @pytest.fixture
 def killed_in_turn(capsys: pytest.CaptureFixture) -> Callable[..., None]:
-    """`killed_in_turn(run, options, outputs)`: try a job again and again. Each try dies in the next of `outputs`, when
+    """`killed_in_turn(run, options, outputs)`: try a job again and again. Each try dies in the next of `outputs`, by
+    name or by what it begins with before a `-`, when
     all that is in it is written and it does not exist yet, the release's last; then one is whole, with nothing left to
     do but the release."""
 
@@ -153,7 +154,7 @@ def killed_in_turn(capsys: pytest.CaptureFixture) -> Callable[..., None]:
             def create(self: State, made: str, *arguments: Any, name: str = name, **more: Any) -> Iterator[Path]:
                 with real(self, made, *arguments, **more) as folder:
                     yield folder
-                    if made == name:
+                    if made == name or made.startswith(f"{name}-"):
                         raise KeyboardInterrupt(name)
 
             with pytest.MonkeyPatch.context() as patch:

@@ -175,7 +175,7 @@ def test_the_next_day_may_read_interactions_each_text_once(first_day, in_one_pro
     expected = {text(row) for row in rows}
     made = state.find(f"runs/{SECOND}/encode").facts
     assert made["encoded"] == made["items"] == made["texts_encoded"] == len(expected) < len(rows) and not made["copied"]
-    texts = pa.ipc.open_file(str(state.local(f"runs/{SECOND}/encode.texts") / "texts.arrow")).read_all()["text"]
+    texts = pa.ipc.open_file(str(state.local(made["texts"]) / "texts.arrow")).read_all()["text"]
     assert sorted(texts.to_pylist()) == sorted(expected)
 
     # A row's state is that of its own text.
@@ -270,6 +270,29 @@ def test_a_run_killed_in_every_stage_ends_as_one_that_was_not(
     for output in ("encode", "m_llm", "distill", "backbone"):
         files = [State(one.state).find(f"runs/{FIRST}/{output}").files for one in (whole, killed)]
         assert files[0] == files[1], output  # with their checksums
+
+
+def test_options_tried_in_between_leave_a_day_as_it_was(in_one_process, options, tmp_path):
+    """Other texts are gathered, and the run dies in their encoding: the first ones are still there for their table."""
+    one = replace(options, state=str(tmp_path), text_granularity="interaction")
+    other, state, name = (
+        replace(one, text=TextConfig(leave_out=("user_id",))),
+        State(str(tmp_path)),
+        f"runs/{FIRST}/encode",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JOB, "train_m_llm", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            JOB.run(one)
+    first = state.find(name).facts["texts"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raycluster.encoder._encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            JOB.run(other)
+    assert len([found for found in state.names(f"runs/{FIRST}") if ".texts-" in found]) == 2
+    JOB.run(one)
+    assert state.find(name).facts["texts"] == first
+    assert [found for found in state.names(f"runs/{FIRST}") if ".texts-" in found or ".sides" in found] == [first]
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_read(options):
