@@ -164,7 +164,9 @@ class ElecStudy(Study):
 def row(model: str, lm: str, variant: str, seed: int, facts: dict[str, Any]) -> dict[str, Any]:
     """A network as the results have it."""
     about = {"model": model, "lm": lm, "variant": variant, "seed": seed}
-    return about | {name: facts[name] for name in (*METRICS, "valid_auc", "ms_a_step", "seconds")}
+    # A network that was kept before there was such a metric has none of it.
+    names = (*METRICS, "valid_auc", "ms_a_step", "seconds")
+    return about | {name: facts.get(name, float("nan")) for name in names}
 
 
 def lines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

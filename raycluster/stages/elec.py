@@ -116,7 +116,7 @@ def interaction_output(
     """The distinct texts of all rows of `days_used`, as an output beside that of `stage`."""
     used = days_used(day, days)
     inputs = fingerprint("interaction", read.identity, meaning(config, tokenizer), [str(d) for d in used])
-    name, sides = f"{stage}.texts-{inputs}", f"{stage}.sides"
+    name, sides = f"{stage}.texts-{inputs}", f"{stage}.sides-{inputs}"
     if day.state.find(name, inputs) is None:
         reader = _reader(day, read)
         _, _, catalog = reader.open()

@@ -229,6 +229,7 @@ def test_versions_on_a_real_server(store, request, registered_here, options, pro
     release(own, "promote", "3", "--tracking-uri", uri)
     assert versions.aliases()["champion"] == "3"
 
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # which `set_tracking_uri` sets as well
     monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", None)
     mlflow.set_tracking_uri(uri)
     frame = pq.ParquetFile(f"{options.data}/interactions/dt=2024-01-07/part-0.parquet").read().to_pandas()

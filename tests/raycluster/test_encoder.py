@@ -131,6 +131,22 @@ def test_only_what_changed_is_encoded(run, tiny_lm, tmp_path):
     assert other.facts["copied"] == 0 and other.facts["model"] != made.facts["model"]
 
 
+def test_of_many_earlier_tables_those_are_opened_that_have_what_is_missing(run, tiny_lm, tmp_path, monkeypatch):
+    state, texts, opened = State(tmp_path), world(20), []
+    ids = write(state, "texts", {name: texts[name] for name in list(texts)[:12]})
+    first, _ = run("first")
+    write(state, "texts", texts, ids)
+    second, _ = run("second", previous=[first])
+    load = encoder.load_text_table
+    monkeypatch.setattr(
+        encoder, "load_text_table", lambda folder, **rest: opened.append(folder) or load(folder, **rest)
+    )
+    grown = write(state, "texts", texts | {"i900": "the new old"}, ids)
+    made, _ = run("third", previous=iter([second, first, second]))
+    assert opened == [state.local("second")] and made.facts["texts_encoded"] == 1
+    check(state, made, tiny_lm, texts | {"i900": "the new old"}, grown)
+
+
 def test_a_damaged_table_is_not_copied_from(run, tiny_lm, tmp_path, capsys):
     state, texts = State(tmp_path), world(8)
     ids = write(state, "texts", texts)

@@ -1,5 +1,6 @@
 """The stream: in order, in exact blocks, every row once."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -58,6 +59,26 @@ def test_the_stream_is_the_plain_reader_in_exact_blocks(ray_cluster, reader):
     tables = [ray.get(ref) for ref in stream.to_arrow_refs()]
     assert [t.num_rows for t in tables] == [32] * (1056 // 32)
     assert pa.concat_tables(tables)["item"].equals(plain(reader, chunks)["item"])
+
+
+def test_half_a_cpu_is_enough_to_read_by(ray_cluster, reader):
+    """Training workers may leave no whole CPU on any node; a task that asked for one would wait for ever."""
+    chunks = plan_epoch(groups_of(reader), 96, (3, 0), chunk_rows=300)
+
+    @ray.remote(num_cpus=1.5)
+    class Training:
+        def here(self) -> bool:
+            return True
+
+    held = Training.remote()
+    assert ray.get(held.here.remote())
+    stream, rows = ingest.stream(reader, chunks, 32, plan=make_plan()), []
+    counts = (table.num_rows for table in ingest.blocks(stream.iterator()))
+    reading = threading.Thread(target=lambda: rows.append(sum(counts)), daemon=True)
+    reading.start()
+    reading.join(60)
+    ray.kill(held)
+    assert rows == [1056]
 
 
 def test_blocks_are_dealt_in_turn_and_none_is_dropped(ray_cluster, reader):
