@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from ctrdist.allocator import keep_few_kernels
 from ctrdist.dropout import quicken
 from ctrdist.errors import UserError, nearest
 from ctrdist.language import attention, source
@@ -79,6 +80,7 @@ class LanguageModel(nn.Module):
         Raises:
             UserError: no such model or pooling, missing weights, or a head asked of a model that has none.
         """
+        keep_few_kernels()
         folder = source.fetch(name)
         with source.quiet():
             try:
