@@ -224,17 +224,21 @@ class State:
         return folder
 
     def read(self, output: Manifest, file: str) -> bytes:
-        """The bytes of one file of an output, unchecked; of a remote one nothing else is fetched.
+        """The bytes of one file of an output; of a remote one nothing else is fetched.
 
         Raises:
-            UserError: it is not there.
+            UserError: it is not there, or damaged.
         """
         filesystem_, root = filesystem(self.uri)
+        where = f"{self.path(output.folder)}/{file}"
         try:
             with filesystem_.open_input_stream(f"{root}/{output.folder}/{file}") as stream:
-                return stream.read()
+                content = stream.read()
         except OSError as error:
-            raise UserError(f"{self.path(output.folder)}/{file}: cannot be read ({error})") from None
+            raise UserError(f"{where}: cannot be read ({error})") from None
+        if hashlib.sha256(content).hexdigest() != output.files[file]["sha256"]:
+            raise UserError(f"{where}: its checksum does not match")
+        return content
 
     def _copy(self, source: str, folder: Path, manifest: Manifest) -> None:
         """Copy remote files to local `folder` at once: another process of this machine may be doing the same."""
@@ -263,7 +267,7 @@ class State:
     def scratch(self, file: str) -> str:
         """Path or URI of a file of the state that is no output's: gone, if it was there, and its folder is there."""
         filesystem_, root = filesystem(self.uri)
-        with suppress(FileNotFoundError):
+        if filesystem_.get_file_info(f"{root}/{file}").type == fs.FileType.File:
             filesystem_.delete_file(f"{root}/{file}")
         filesystem_.create_dir(str(Path(root, file).parent), recursive=True)
         return self.path(file)

@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -230,10 +230,11 @@ class Day:
             file = self.state.scratch(metrics)
             with MetricsTail(self.tracker, run_id, file, on_record=Progress(stage)):
                 make(name, inputs, file)
-            self.state.scratch(metrics)
             seconds = time.monotonic() - began
             cost = {f"{kind.lower()}_seconds": seconds * self.plan.cluster.get(kind, 0) for kind in ("CPU", "GPU")}
             manifest = self.state.annotate(name, {"seconds": seconds, **cost})
+            with suppress(OSError):  # the stage is done
+                self.state.scratch(metrics)
             facts = manifest.facts.items()
             self.tracker.log_metrics(run_id, {name: v for name, v in facts if isinstance(v, int | float)})
         say(f"{stage:10} {seconds:.0f} s, {manifest.facts['rows']:,} rows")

@@ -240,15 +240,15 @@ class MetricsTail:
 
     def _read(self) -> list[dict]:
         """The records of the whole lines that have come since."""
-        filesystem_, path = filesystem(self._path)
         try:
+            filesystem_, path = filesystem(self._path)
             with filesystem_.open_input_file(path) as file:
                 if file.size() < self._position:
                     # A resumed training began the file again: all of its lines are new.
                     self.lines = self._skip = self._position = 0
                 file.seek(self._position)
                 content = file.read()
-        except OSError:
+        except (OSError, UserError):
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self._position += len(whole)

@@ -81,7 +81,7 @@ def encode_interactions(
 
     made = encode_stage(day, "encode", texts, model, config, inputs)
     for name in day.state.names(made.name.rpartition("/")[0]):  # of other options, whose table is gone too
-        if name.startswith(f"{made.name}.texts-") and name != made.facts["texts"]:
+        if name.startswith((f"{made.name}.texts", f"{made.name}.sides")) and name != made.facts["texts"]:
             day.state.remove(name)
     return made
 

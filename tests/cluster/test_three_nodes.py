@@ -22,7 +22,7 @@ JOBS = {
     "cela": {"ctr.batch-size": 255, "ctr.epochs": 3, "pretrain.epochs": 1, "pretrain.batch-size": 30,
              "pretrain.max-length": 16, "align.epochs": 1, "align.batch-size": 30, "align.max-length": 16,
              "encode.max-length": 16, "encode.shard-items": 16},
-    "elec": {"ctr.batch-size": 255, "ctr.epochs": 3, "m-llm.batch-size": 255, "m-llm.epochs": 1,
+    "elec": {"ctr.batch-size": 255, "ctr.epochs": 3, "m-llm.batch-size": 255, "m-llm.epochs": 3,
              "encode.max-length": 16, "encode.shard-items": 16},
     "clickprompt": {"ctr.batch-size": 255, "ctr.epochs": 3, "pretrain.epochs": 1, "pretrain.batch-size": 255,
                     "finetune.epochs": 1, "finetune.batch-size": 255, "text.max-length": 24},

@@ -17,7 +17,7 @@ from ctrdist.language.encode import EncodeConfig, Encoder, ShardEncoder, Source
 from ctrdist.language.tokenizer import tokens_to_arrow
 from ctrdist.schema import Field, Schema
 from ctrdist.storage import Manifest, State
-from ctrdist.text_table import TABLE, load_text_hashes, load_text_table
+from ctrdist.text_table import HASHES, TABLE, load_text_hashes, load_text_table
 from ctrdist.vocabulary import Vocabulary
 from raycluster import encoder
 from raycluster.cluster import Plan
@@ -147,11 +147,16 @@ def test_of_many_earlier_tables_those_are_opened_that_have_what_is_missing(run, 
     check(state, made, tiny_lm, texts | {"i900": "the new old"}, grown)
 
 
-def test_a_damaged_table_is_not_copied_from(run, tiny_lm, tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["other vectors", "no hashes", "half of the hashes"])
+def test_a_damaged_table_is_not_copied_from(damage, run, tiny_lm, tmp_path, capsys):
     state, texts = State(tmp_path), world(8)
     ids = write(state, "texts", texts)
     first, _ = run()
-    np.save(state.local("table") / TABLE, np.ones((10, 16), np.float32))
+    if damage == "other vectors":
+        np.save(state.local("table") / TABLE, np.ones((10, 16), np.float32))
+    else:
+        file = state.local("table") / HASHES
+        file.write_bytes(b"" if damage == "no hashes" else file.read_bytes()[:-24])
     made, _ = run("table_2", previous=[first])
     assert made.facts["copied"] == 0 and "checksum does not match" in capsys.readouterr().out
     check(state, made, tiny_lm, texts, ids)

@@ -152,7 +152,7 @@ def test_what_a_worker_records_is_followed_while_it_trains(where, request, track
     first, second = Recorder(file, every=0.0), Recorder(file, every=3600.0)
     with MetricsTail(tracker, run, file, every=0.02, on_record=seen.append):
         for step in range(1, 5):
-            first({"step": step, "loss": 1 / step})
+            first({"step": step, "loss": 1 / step, "valid_auc": 0.5})
             deadline = time.monotonic() + 10
             while len(seen) < step and time.monotonic() < deadline:
                 time.sleep(0.01)
