@@ -27,9 +27,9 @@ def keep_freed_memory() -> None:
 def keep_few_kernels() -> None:
     """Keep 32 of oneDNN's kernels in this process, in place of 1,024; to be called before it computes anything.
 
-    A kernel is for products of one shape, and holds up to some ten megabytes, by the size of the product. Texts
-    by length bring new shapes at every step, so that no kernel is used again after it: a training with a language model
-    grew by gigabytes, at no gain in speed. Variables in the environment win.
+    A kernel is for products of one shape. Texts by length bring new shapes at every step, so that hardly one is used
+    again after it, while a training with a language model and 256 texts a step grew to 15 GiB; one with 64 texts took
+    3.3 GiB after 30 steps, and 2.2 with 32 kernels, for 4 % more CPU time. Variables in the environment win.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and PyTorch's before it
         os.environ.setdefault(name, "32")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tokenizers import Encoding, Tokenizer
 
-from ctrdist.language.tokenizer import TextTokenizer, columnar
+from ctrdist.language.tokenizer import CHUNK, TextTokenizer, columnar
 from ctrdist.serving.ragged import Ragged, offsets_of, spans
 from ctrdist.texts import join_texts
 
@@ -20,7 +20,7 @@ SPECIAL = -1
 """The field number of a token that is of no field."""
 _EMPTY, _BEFORE, _AFTER, _FIRST = range(4)
 """The pieces that rows share, and the first of those of values."""
-_NEIGHBOUR, _CHUNK = "so it is.", 20_000
+_NEIGHBOUR = "so it is."
 
 
 def say(column: pa.Array | pa.ChunkedArray, part: str, name: str) -> tuple[pa.Array, np.ndarray]:
@@ -96,8 +96,8 @@ class RowTokenizer:
         cuts, clean = _cuts_at_spaces(own), [np.ones(_FIRST, bool)]
         for field in texts:
             fits, between = [], []
-            for at in range(0, len(field), _CHUNK):
-                chunk = field.slice(at, _CHUNK).to_pylist()
+            for at in range(0, len(field), CHUNK):
+                chunk = field.slice(at, CHUNK).to_pylist()
                 parts.append(columnar([found.ids for found in _body(own, chunk)]))
                 ids = [found.ids for found in _body(own, [f"{near} {text} {near}" for text in chunk])]
                 fits.append(np.array([cuts and _starts_and_ends(one, left, right) for one in ids]))
@@ -143,8 +143,8 @@ class RowTokenizer:
     def _whole(self, codes: np.ndarray) -> Ragged:
         """Rows that are tokenised whole -> the tokens of each of their fields, a row of [n, fields] after the other."""
         values, counts = [np.zeros(0, np.int32)], np.zeros(codes.shape, np.int64)
-        for start in range(0, len(codes), _CHUNK):
-            own, chunk = self.tokenizer.uncut, codes[start : start + _CHUNK]
+        for start in range(0, len(codes), CHUNK):
+            own, chunk = self.tokenizer.uncut, codes[start : start + CHUNK]
             said = [
                 [(field, self.texts[field][code].as_py()) for field, code in enumerate(row) if code >= 0]
                 for row in chunk.tolist()

@@ -19,7 +19,7 @@ from ctrdist.items import Ragged
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 20_000
+CHUNK = 20_000
 """Texts whose encodings are held at a time."""
 
 
@@ -70,8 +70,8 @@ class TextTokenizer:
             UserError: see `uncut`.
         """
         out = []
-        for start in range(0, len(texts), _CHUNK):
-            chunk = texts[start : start + _CHUNK]
+        for start in range(0, len(texts), CHUNK):
+            chunk = texts[start : start + CHUNK]
             found = self.uncut.encode_batch(chunk, add_special_tokens=False)
             out += [
                 text if len(tokens) <= count else _beginning(text, tokens, count)

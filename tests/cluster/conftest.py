@@ -76,7 +76,7 @@ class Nodes:
         head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": HERE}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.address = self.cluster.address
-        self.local = [self.add() for _ in range(2)]
+        self.local, self.exchanged = [self.add() for _ in range(2)], False
         self.apart = subprocess.Popen(
             ["ip", "netns", "exec", namespace, str(Path(sys.executable).with_name("ray")), "start", "--block",
              f"--address={self.address}", f"--node-ip-address={THERE}", f"--num-cpus={CPUS}", "--disable-usage-stats",
@@ -97,6 +97,14 @@ class Nodes:
     def lose(self, node: Any) -> None:
         """Kill a node without a word."""
         self.cluster.remove_node(node, allow_graceful=False)
+
+    def exchange_one(self, line: str) -> None:
+        """For `run`: when the first epoch is over a node is lost and, five seconds later, another joins; once."""
+        if not self.exchanged and "epoch 1: validation AUC" in line:
+            self.exchanged = True
+            self.lose(self.local[0])
+            time.sleep(5)
+            self.add()
 
     def wait(self, count: int) -> None:
         """Until so many nodes can work."""

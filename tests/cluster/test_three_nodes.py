@@ -1,7 +1,6 @@
 """Jobs on three nodes, one of them behind another address; a node is lost while they train, and another joins."""
 
 import json
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -52,17 +51,7 @@ def test_a_day_ends_well_though_a_node_is_lost_and_another_joins(job, nodes, dat
     options = {"data": data, "state": state, "lm.name": tiny_lm} | DAY | SPREAD | JOBS[job]
     if job == "elec":
         options["tracking-uri"] = f"sqlite:///{tmp_path}/mlflow.db"
-    lost = nodes.local[0]
-
-    def seen(line: str) -> None:
-        nonlocal lost
-        if lost and "epoch 1: validation AUC" in line:
-            nodes.lose(lost)
-            lost = None
-            time.sleep(5)
-            nodes.add()
-
-    out, busy = nodes.run(f"jobs/{job}_daily.py", options, seen)
+    out, busy = nodes.run(f"jobs/{job}_daily.py", options, nodes.exchange_one)
     assert "train    3 at once, 1.5 CPUs each" in out and "a training worker died; going on from step" in out
     apart = [node for node, address in nodes.ids().items() if address == THERE]
     for stage in TRAINED[job]:
@@ -70,7 +59,7 @@ def test_a_day_ends_well_though_a_node_is_lost_and_another_joins(job, nodes, dat
     tested = sum(pq.read_table(data / "interactions" / f"dt=2024-01-{day:02}").num_rows for day in (5, 6))
     scored = pq.read_table(State(state, tmp_path / "cache").local(f"runs/{DATE}/evaluate") / "predictions.parquet")
     assert scored.num_rows == tested == report_of(state)["rows"]["test"], "every row was scored once"
-    assert lost is None and State(state).find(f"releases/{DATE}") is not None
+    assert nodes.exchanged and State(state).find(f"releases/{DATE}") is not None
 
 
 def test_a_sweep_spreads_its_trials_and_ends_well_though_a_node_is_lost(nodes, data, tiny_lm, tmp_path):
@@ -79,18 +68,8 @@ def test_a_sweep_spreads_its_trials_and_ends_well_though_a_node_is_lost(nodes, d
         "lm.pooling": "mean", "workers": 1, "plan.worker-cpus": 1, "plan.reader-gib": 0.1,
     } | JOBS["cela"]  # fmt: skip
     sweep = {"sweep.trials": 4, "sweep.finalists": 1, "sweep.seeds": 1, "sweep.at-once": 3, "space": "tau2"}
-    lost = nodes.local[0]
-
-    def seen(line: str) -> None:
-        nonlocal lost
-        if lost and "epoch 1: validation AUC" in line:
-            nodes.lose(lost)
-            lost = None
-            time.sleep(5)
-            nodes.add()
-
-    out, _ = nodes.run("jobs/sweep.py cela", options | sweep, seen)
-    assert lost is None and "4 trials, 3 at a time" in out and "failed:" not in out
+    out, _ = nodes.run("jobs/sweep.py cela", options | sweep, nodes.exchange_one)
+    assert nodes.exchanged and "4 trials, 3 at a time" in out and "failed:" not in out
     trials = [State(state).find(name).facts for name in State(state).names("sweeps/cela-2024-01-04/trials")]
     assert len(trials) == 4 + 1 and {trial["status"] for trial in trials} <= {"done", "stopped"}
     assert (Path(state) / "sweeps" / "cela-2024-01-04" / "best.yaml").exists()

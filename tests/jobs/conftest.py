@@ -142,9 +142,8 @@ def run_here() -> Callable[..., None]:
 @pytest.fixture
 def killed_in_turn(capsys: pytest.CaptureFixture) -> Callable[..., None]:
     """`killed_in_turn(run, options, outputs)`: try a job again and again. Each try dies in the next of `outputs`, by
-    name or by what it begins with before a `-`, when
-    all that is in it is written and it does not exist yet, the release's last; then one is whole, with nothing left to
-    do but the release."""
+    name or by what it begins with before a `-`, when all that is in it is written and it does not exist yet, the
+    release's last; then one is whole, with nothing left to do but the release."""
 
     def run(job: Callable[[Any], None], options: Any, outputs: list[str]) -> None:
         real = State.create
