@@ -11,7 +11,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -36,8 +35,8 @@ from ctrdist.language.model import load_tokenizer  # noqa: E402
 from ctrdist.language.prompts import PromptConfig  # noqa: E402
 from ctrdist.language.source import DEFAULT  # noqa: E402
 from ctrdist.language.tokens import pad  # noqa: E402
-from ctrdist.loop import make_optimizer, update, use_bfloat16  # noqa: E402
-from ctrdist.optim import Precision  # noqa: E402
+from ctrdist.loop import make_optimizer, update  # noqa: E402
+from ctrdist.precision import Precision, computing_in, use_bfloat16  # noqa: E402
 from ctrdist.prompted import finetuning_task, pretraining_task, rates  # noqa: E402
 from ctrdist.schema import Field, Schema  # noqa: E402
 from ctrdist.tasks import Task  # noqa: E402
@@ -64,7 +63,7 @@ class Options:
         steps: of each, in turns.
         ctr: the CTR model.
         prompts: what the language model reads besides.
-        precision: `auto` computes in bfloat16 where the chip does.
+        precision: of the language model; `auto` computes in bfloat16 where the chip does.
         threads: 0 takes all cores.
         device: cpu or cuda.
     """
@@ -108,7 +107,7 @@ def batches(options: Options) -> list[Batch]:
 
 def contestants(options: Options) -> dict[str, Task]:
     """The tasks, each with a language model of its own."""
-    lm = LanguageModelConfig(name=options.lm)
+    lm = LanguageModelConfig(name=options.lm, precision=options.precision)
     sizes = {"user_id": options.users, "item_id": options.items}
     pretrain, finetune = PromptPretrainConfig(), PromptFinetuneConfig()
 
@@ -127,12 +126,12 @@ def stepper(task: Task, options: Options) -> Callable[[Batch], None]:
     """One step of training, as the loop takes it."""
     task.to(options.device).train()
     optimizer, tables, group = make_optimizer(task), tables_of(task), Group()
-    half = use_bfloat16(options.precision, options.device)
-    reads = (lambda batch: batch.tokens) if not tables else (lambda batch: batch)
+    plain = not tables  # the language model alone, whose precision is then the loop's
+    precision = options.precision if plain else options.ctr.precision
 
     def step(batch: Batch) -> None:
-        batch = reads(batch).to(options.device)
-        with torch.autocast(options.device, torch.bfloat16) if half else nullcontext():
+        batch = (batch.tokens if plain else batch).to(options.device)
+        with computing_in(precision, options.device):
             loss = task(batch)["loss"]
         update(loss, optimizer, tables, group)
         if options.device == "cuda":

@@ -51,8 +51,9 @@ from ctrdist.language.encode import EncodeConfig, Encoder  # noqa: E402
 from ctrdist.language.encoder import TextEncoder  # noqa: E402
 from ctrdist.language.model import LanguageModel  # noqa: E402
 from ctrdist.language.tokens import pad  # noqa: E402
-from ctrdist.loop import make_optimizer, update, use_bfloat16, wrap  # noqa: E402
+from ctrdist.loop import make_optimizer, update, wrap  # noqa: E402
 from ctrdist.optim import RowAdam  # noqa: E402
+from ctrdist.precision import computing_in  # noqa: E402
 from ctrdist.storage import State  # noqa: E402
 from ctrdist.tasks.align import AlignConfig, ItemAlignment  # noqa: E402
 from raycluster import cluster  # noqa: E402
@@ -145,7 +146,7 @@ def alignment(options: Options, group: Group) -> tuple[Callable[[int], None], in
 
     def step(number: int) -> None:
         items = np.arange(number * options.items, (number + 1) * options.items)
-        with torch.autocast("cpu", torch.bfloat16, enabled=use_bfloat16("auto", "cpu")):
+        with computing_in("auto", "cpu"):
             loss = model(pad(tokens.take(items), items, 0))["loss"]
         update(loss, optimizer, [], group, clip_norm=1.0)
 

@@ -19,7 +19,8 @@ from ctrdist.embedding import EmbeddingTable, push_all, tables_of
 from ctrdist.errors import UserError
 from ctrdist.group import Group, attach_group
 from ctrdist.metrics import StreamingMetrics
-from ctrdist.optim import Precision, Schedule, learning_rate
+from ctrdist.optim import Schedule, learning_rate
+from ctrdist.precision import Precision, computing_in
 from ctrdist.sharded import is_collective
 from ctrdist.tasks import Task
 
@@ -103,7 +104,6 @@ def fit(
     progress, best = Progress(), None
     if resume is not None:
         progress, best = load_checkpoint(resume, task, optimizer)
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=use_bfloat16(config.precision, device))
     meter = Meter(progress, config, record if group.rank == 0 else None)
     total = config.steps_per_epoch * config.epochs
     saved_at = time.monotonic()
@@ -117,7 +117,7 @@ def fit(
         for parameters in optimizer.param_groups:  # some have a course of their own
             own = parameters.get("schedule", config.schedule), parameters.get("warmup", config.warmup)
             parameters["lr"] = parameters["initial_lr"] * learning_rate(*own, progress.step, total)
-        with autocast:
+        with computing_in(config.precision, device):
             losses = model(batch)
         update(losses["loss"], optimizer, tables, group, factor, config.clip_norm)
         progress.step += 1
@@ -188,22 +188,6 @@ def wrap(task: Task, group: Group, device: str | torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(task, device_ids=ids, broadcast_buffers=False)
 
 
-def use_bfloat16(precision: Precision, device: str | torch.device) -> bool:
-    """Whether a precision means bfloat16 autocast on a device."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and "avx512_bf16" in _cpu_flags()
-
-
-def _cpu_flags() -> str:
-    try:
-        return next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    except OSError:
-        return ""
-
-
 @torch.no_grad()
 def validate(
     task: Task,
@@ -268,7 +252,7 @@ def _mean_loss(
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, use_bfloat16(config.precision, device)):
+        with computing_in(config.precision, device):
             loss = task(batch)["loss"]
         sums += len(batch) * torch.stack([loss.double(), loss.new_ones((), dtype=torch.float64)])
     total, rows = group.all_reduce(sums).tolist()

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ctrdist.errors import UserError
 
 Schedule = Literal["constant", "linear", "cosine"]
-Precision = Literal["auto", "float32", "bfloat16", "float64"]
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def pretraining_task(
         UserError: the language model is none, or its family reads no prompts.
     """
     torch.manual_seed(seed)
-    return PromptPretraining(click, _reader(lm, lm.name, prompts, config, head=True), config, seed)
+    return PromptPretraining(click, _reader(lm, lm.name, prompts, config, head=True), config, lm.precision, seed)
 
 
 def finetuning_task(
@@ -71,7 +71,7 @@ def finetuning_task(
     """
     torch.manual_seed(seed)
     name = start / LM if start else lm.name
-    task = PromptedClick(click, _reader(lm, str(name), prompts, config, head=False), config)
+    task = PromptedClick(click, _reader(lm, str(name), prompts, config, head=False), config, lm.precision)
     if start:
         _load_own(task, start)
     return task
@@ -88,7 +88,11 @@ def save_prompted(task: PromptedTask, folder: Path) -> None:
         return
     task.reader.language_model.save(folder / LM)
     save_file(_own(task), folder / WEIGHTS)
-    described = {"prompts": to_dict(task.reader.config), "finetune": to_dict(task.config) if fine_tuned else None}
+    described = {
+        "prompts": to_dict(task.reader.config),
+        "finetune": to_dict(task.config) if fine_tuned else None,
+        "precision": task.precision,
+    }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=1))
 
 
@@ -108,9 +112,9 @@ def load_prompted(folder: Path, schema: Schema) -> PromptedTask:
     parts = load_click_model(folder, schema), PromptedLanguageModel(LanguageModel.load(str(folder / LM)), prompts)
     if about["finetune"]:
         config = from_dict(PromptFinetuneConfig(), about["finetune"], str(folder / DESCRIPTION))
-        task: PromptedTask = PromptedClick(*parts, config)
+        task: PromptedTask = PromptedClick(*parts, config, about["precision"])
     else:
-        task = PromptedTask(*parts, PromptPretrainConfig())
+        task = PromptedTask(*parts, PromptPretrainConfig(), about["precision"])
     _load_own(task, folder)
     return task.eval()
 

@@ -18,7 +18,7 @@ from ctrdist.language.model import LanguageModel
 from ctrdist.language.tokenizer import StoredTokens
 from ctrdist.language.tokens import TokenBatch, pad
 from ctrdist.loop import LoopConfig
-from ctrdist.optim import Precision
+from ctrdist.precision import Precision
 from ctrdist.schema import Schema
 from ctrdist.tasks.align import AlignConfig, ItemAlignment
 from ctrdist.tasks.click import ClickModel
@@ -33,7 +33,8 @@ class LanguageModelConfig:
         name: a Hugging Face name or a local folder.
         pooling: `cls`, `mean`, `last`, `first-last` or `top-2`; `auto` takes the model's own, else `cls` for encoders
             and `last` for decoders.
-        precision: `auto` trains in bfloat16 where the chip computes in it.
+        precision: of its arithmetic, where it is trained and, in ClickPrompt, where it scores rows; `auto` is bfloat16
+            where the chip computes in it.
         gradient_checkpointing: keep each layer's input only and compute the rest again in the backward pass: memory of
             about one layer, for one more forward pass.
         lora: low-rank adapters in place of training all weights; the default for decoders.

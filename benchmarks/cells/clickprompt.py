@@ -57,7 +57,7 @@ def pretrain(
     """Pre-train as the daily job does on one worker, and write the result to folder `out`; what that took."""
     click = ClickModel(log.schema, log.sizes, rates(ctr, config), seed=seed)
     task = pretraining_task(click, lm, prompts, config, seed)
-    took = _train(log, task, config, lm, seed, device)
+    took = _train(log, task, config, ctr, seed, device)
     save_prompted(task.cpu(), out)
     return took
 
@@ -81,12 +81,12 @@ def finetune(
     own = rates(ctr, config)
     click = load_click_model(start, log.schema, own) if start else ClickModel(log.schema, log.sizes, own, seed=seed)
     task = finetuning_task(click, lm, prompts, config, start, seed)
-    took = _train(log, task, config, lm, seed, device)
+    took = _train(log, task, config, ctr, seed, device)
     return score(log, task) | took
 
 
-def _train(log: Log, task: Task, config: Any, lm: LanguageModelConfig, seed: int, device: str) -> dict[str, float]:
+def _train(log: Log, task: Task, config: Any, ctr: ClickConfig, seed: int, device: str) -> dict[str, float]:
     names = ("batch_size", "epochs", "schedule", "warmup")
-    options = {name: getattr(config, name) for name in names} | {"precision": lm.precision}
+    options = {name: getattr(config, name) for name in names} | {"precision": ctr.precision}
     patience = getattr(config, "patience", 0)
     return train_task(log, task, SimpleNamespace(**options, patience=patience), seed, device=device)

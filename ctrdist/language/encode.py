@@ -24,8 +24,7 @@ from ctrdist.language.encoder import TextEncoder, load_encoder
 from ctrdist.language.model import LanguageModel, load_tokenizer
 from ctrdist.language.tokenizer import TextTokenizer, tokens_from_arrow
 from ctrdist.language.tokens import pad
-from ctrdist.loop import use_bfloat16
-from ctrdist.optim import Precision
+from ctrdist.precision import Precision, use_bfloat16
 from ctrdist.storage import State, fingerprint
 from ctrdist.text_table import TableType
 

@@ -15,7 +15,8 @@ from ctrdist.embedding import Tables, gather
 from ctrdist.errors import UserError, nearest
 from ctrdist.group import Group, current_group
 from ctrdist.losses import binary_cross_entropy
-from ctrdist.optim import ROW_OPTIMIZERS, Precision, Schedule, split_decay
+from ctrdist.optim import ROW_OPTIMIZERS, Schedule, split_decay
+from ctrdist.precision import Precision
 from ctrdist.schema import ITEM_ID, Schema
 from ctrdist.sharded import Store, choose_store
 from ctrdist.tasks import Task

@@ -17,7 +17,8 @@ from ctrdist.embedding import gather
 from ctrdist.errors import UserError
 from ctrdist.group import Group
 from ctrdist.losses import binary_cross_entropy
-from ctrdist.optim import Precision, Schedule, split_decay
+from ctrdist.optim import Schedule, split_decay
+from ctrdist.precision import Precision
 from ctrdist.tasks import Task
 
 WEIGHTS, DESCRIPTION = "m_llm.safetensors", "m_llm.json"

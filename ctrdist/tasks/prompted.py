@@ -17,6 +17,7 @@ from ctrdist.language.prompts import PromptedLanguageModel, PromptWriter
 from ctrdist.language.tokens import TokenBatch
 from ctrdist.losses import global_mean, language_model_total
 from ctrdist.optim import Schedule, split_decay
+from ctrdist.precision import Precision, computing_in
 from ctrdist.tasks import Task
 from ctrdist.tasks.click import ClickModel
 
@@ -105,20 +106,29 @@ class PromptedTask(Task):
         click: the CTR model, with the rates of `config`.
         reader: the language model.
         config: options. A language model with rate 0 is frozen, and has no dropout either.
+        precision: of the language model's and the writer's arithmetic, in training and without. The CTR model's is
+            that of who calls.
     """
 
     drawn_lr: float | None = None
     """Learning rate of what the language model's checkpoint lacked; that of the others if None."""
 
-    def __init__(self, click: ClickModel, reader: PromptedLanguageModel, config: PromptedConfig) -> None:
+    def __init__(
+        self,
+        click: ClickModel,
+        reader: PromptedLanguageModel,
+        config: PromptedConfig,
+        precision: Precision = "float32",
+    ) -> None:
         super().__init__()
-        self.click, self.reader, self.config = click, reader, config
+        self.click, self.reader, self.config, self.precision = click, reader, config, precision
         self.writer = PromptWriter(click.backbone.width, reader)
         self.group = Group()
 
     def prompts(self, representation: Tensor, part: TokenBatch) -> Tensor:
         """The prompts [b, layers, 2, K, width] of a part's texts, from representations [B, H] of the whole batch."""
         own = representation if part.places is None else representation[part.places]
+        own = own.to(next(self.writer.parameters()).dtype)
         return self.writer(F.layer_norm(own, own.shape[1:]))
 
     def train(self, mode: bool = True) -> "PromptedTask":
@@ -163,15 +173,21 @@ class PromptPretraining(PromptedTask):
         click: see `PromptedTask`.
         reader: with a head that predicts words.
         config: options.
+        precision: see `PromptedTask`.
         seed: decides, with the step, the text and the position, which words are masked.
     """
 
     config: PromptPretrainConfig
 
     def __init__(
-        self, click: ClickModel, reader: PromptedLanguageModel, config: PromptPretrainConfig, seed: int = 0
+        self,
+        click: ClickModel,
+        reader: PromptedLanguageModel,
+        config: PromptPretrainConfig,
+        precision: Precision = "float32",
+        seed: int = 0,
     ) -> None:
-        super().__init__(click, reader, config)
+        super().__init__(click, reader, config, precision)
         assert reader.language_model.has_head, "load with head=True"
         self.drawn_lr = config.head_lr
         self.seed, self.masks = seed, not reader.language_model.is_decoder
@@ -202,10 +218,11 @@ class PromptPretraining(PromptedTask):
             words = mask_tokens(part, self.vocabulary, self.config.mask_probability, self.seed)
         else:
             words = next_tokens(part)
-        prompts = self.prompts(representation, part)
-        states = self.reader.states(words.input_ids, part.attention_mask, prompts)[0]
-        logits = self.reader.language_model.token_logits(states.flatten(0, 1)[words.positions])
-        total = language_model_total(logits, words.targets)
+        with computing_in(self.precision, words.input_ids.device):
+            prompts = self.prompts(representation, part)
+            states = self.reader.states(words.input_ids, part.attention_mask, prompts)[0]
+            logits = self.reader.language_model.token_logits(states.flatten(0, 1)[words.positions])
+            total = language_model_total(logits, words.targets)
         return total, torch.full_like(total, len(words.targets), requires_grad=False)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from ctrdist.language.parts import BUCKETS, in_parts
 from ctrdist.language.prompts import PromptedLanguageModel
 from ctrdist.language.tokens import TokenBatch
 from ctrdist.losses import binary_cross_entropy
+from ctrdist.precision import Precision, computing_in
 from ctrdist.tasks.click import ClickModel
 from ctrdist.tasks.prompted import PromptedConfig, PromptedTask
 
@@ -60,12 +61,19 @@ class PromptedClick(PromptedTask):
         click: see `PromptedTask`.
         reader: pools by its own pooling.
         config: options.
+        precision: see `PromptedTask`.
     """
 
     config: PromptFinetuneConfig
 
-    def __init__(self, click: ClickModel, reader: PromptedLanguageModel, config: PromptFinetuneConfig) -> None:
-        super().__init__(click, reader, config)
+    def __init__(
+        self,
+        click: ClickModel,
+        reader: PromptedLanguageModel,
+        config: PromptFinetuneConfig,
+        precision: Precision = "float32",
+    ) -> None:
+        super().__init__(click, reader, config, precision)
         self.output = nn.Linear(reader.language_model.width, 1)
         if config.combine == "alpha":
             self.alpha = nn.Parameter(torch.tensor(0.5))
@@ -88,15 +96,17 @@ class PromptedClick(PromptedTask):
         else:
             buckets = tokens.buckets(max(BUCKETS, -(-len(tokens) // PREDICTED)))
             parts = [(part, self._pooled(representation, part)) for part in buckets]
-        found = self.output(torch.cat([pooled for _, pooled in parts])).squeeze(1)
+        pooled = torch.cat([pooled for _, pooled in parts]).to(self.output.weight.dtype)
+        found = self.output(pooled).squeeze(1)
         if parts[0][0].places is None:
             return found
         return torch.empty_like(found).index_copy(0, torch.cat([part.places for part, _ in parts]), found)
 
     def _pooled(self, representation: Tensor, part: TokenBatch) -> Tensor:
-        if self.writer is None:
-            return self.reader.language_model(part.input_ids, part.attention_mask)
-        return self.reader(part.input_ids, part.attention_mask, self.prompts(representation, part))
+        with computing_in(self.precision, part.input_ids.device):
+            if self.writer is None:
+                return self.reader.language_model(part.input_ids, part.attention_mask)
+            return self.reader(part.input_ids, part.attention_mask, self.prompts(representation, part))
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`loss`, `alpha` if it is learnt, and with auxiliary losses these and `click`, the loss without them."""

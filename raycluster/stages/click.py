@@ -12,7 +12,7 @@ from ctrdist.epoch import plan_epoch, plan_pass
 from ctrdist.export import load_click_model, save_click_model
 from ctrdist.fields import rows_with_new_ids
 from ctrdist.loop import LoopConfig
-from ctrdist.optim import Precision
+from ctrdist.precision import Precision
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.click import ClickConfig, ClickModel, table_sizes
 from ctrdist.text_field import FuseConfig

@@ -11,7 +11,7 @@ from ctrdist.config import to_dict
 from ctrdist.language import source
 from ctrdist.language.model import draws_head
 from ctrdist.language.prompts import PromptConfig
-from ctrdist.optim import Precision
+from ctrdist.precision import Precision
 from ctrdist.prompted import finetuning_task, pretraining_task, rates, row_tokenizer, save_prompted
 from ctrdist.row_texts import RowTextConfig, RowTexts, distinct_of_group
 from ctrdist.storage import Manifest, State, fingerprint
@@ -44,7 +44,7 @@ class Prompted:
 
 @dataclass(frozen=True)
 class LogTraining:
-    """What `train_on_log` asks (`RowTraining`) of such a training, whose precision is the language model's."""
+    """What `train_on_log` asks (`RowTraining`) of such a training, whose precision is the CTR model's."""
 
     batch_size: int
     schedule: str
@@ -147,7 +147,7 @@ def _train(
         [str(d) for d in days],
         start and start.identity,
     )
-    training = LogTraining(config.batch_size, config.schedule, config.warmup, parts.lm.precision, patience)
+    training = LogTraining(config.batch_size, config.schedule, config.warmup, parts.ctr.precision, patience)
     return train_on_log(
         day,
         stage,

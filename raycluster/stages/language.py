@@ -17,7 +17,7 @@ from ctrdist.language.encode import EncodeConfig, Source
 from ctrdist.language.model import LanguageModel, draws_head
 from ctrdist.language.tokenizer import StoredTokens
 from ctrdist.language.tokens import TokenBatch
-from ctrdist.optim import Precision
+from ctrdist.precision import Precision
 from ctrdist.storage import Manifest, State, fingerprint
 from ctrdist.tasks.align import AlignConfig, ItemAlignment
 from ctrdist.tasks.pretrain import DomainAdaptivePretraining, PretrainConfig

@@ -25,6 +25,7 @@ from ctrdist.language.model import LanguageModel
 from ctrdist.language.prompts import PromptConfig
 from ctrdist.language.tokens import TokenBatch, tokenize
 from ctrdist.loop import LoopConfig, fit, make_optimizer
+from ctrdist.precision import Precision
 from ctrdist.prompted import (
     attention_by_field,
     finetuning_task,
@@ -71,18 +72,20 @@ def still(task: Any) -> Any:
     return task
 
 
+def reads(folder: Path, precision: Precision = "float32") -> LanguageModelConfig:
+    return LanguageModelConfig(name=str(folder), precision=precision, lora=LoraConfig(use="never"))
+
+
 def pretraining(folder: Path, ctr: ClickConfig = CTR, seed: int = 0, **options: Any) -> PromptPretraining:
     config = PromptPretrainConfig(**{"mask_probability": 0.4, "lm_lr": 1e-3} | options)
     click = ClickModel(SCHEMA, SIZES, rates(ctr, config), seed=seed)
-    lm = LanguageModelConfig(name=str(folder), lora=LoraConfig(use="never"))
-    return still(pretraining_task(click, lm, TWO, config, seed))
+    return still(pretraining_task(click, reads(folder), TWO, config, seed))
 
 
 def finetuning(folder: Path, start: Path | None = None, ctr: ClickConfig = CTR, **options: Any) -> PromptedClick:
     config = PromptFinetuneConfig(**{"lm_lr": 1e-3} | options)
     click = load_click_model(start, SCHEMA, rates(ctr, config)) if start else ClickModel(SCHEMA, SIZES, ctr)
-    lm = LanguageModelConfig(name=str(folder), lora=LoraConfig(use="never"))
-    return still(finetuning_task(click, lm, TWO, config, start, seed=0))
+    return still(finetuning_task(click, reads(folder), TWO, config, start, seed=0))
 
 
 def prompts_of(task: Any, batch: Batch) -> Tensor:
@@ -370,6 +373,36 @@ def test_what_is_saved_goes_on_and_scores_alike(tiny_lm: Path, tmp_path: Path):
     assert isinstance(loaded, PromptedClick)
     with torch.no_grad():
         assert torch.equal(loaded.predict(batch), tuned.predict(batch))
+
+
+@pytest.mark.parametrize(("its", "ctrs"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float32")])
+def test_each_model_computes_in_its_own_precision(tiny_lm: Path, tmp_path: Path, its: Precision, ctrs: Precision):
+    """In training as the options say; where rows are scored the language model does so too."""
+    lm, batch = reads(tiny_lm, its), batch_of(tiny_lm, 12)
+    kinds: dict[str, set[torch.dtype]] = {"lm": set(), "ctr": set()}
+
+    def watch(task: Any) -> Any:
+        for name, part in (("lm", task.reader), ("ctr", task.click.backbone)):
+            linear = next(module for module in part.modules() if type(module) is torch.nn.Linear)
+            linear.register_forward_hook(lambda _m, _i, out, seen=kinds[name]: seen.add(out.dtype))
+        return task
+
+    for make, config in ((pretraining_task, PromptPretrainConfig()), (finetuning_task, PromptFinetuneConfig())):
+        click = ClickModel(SCHEMA, SIZES, rates(CTR, config))
+        args = (None, 0) if make is finetuning_task else (0,)
+        task = watch(make(click, lm, TWO, config, *args))
+        fit(task, lambda first: iter([batch]), LoopConfig(1, precision=ctrs))
+        assert kinds == {"lm": {getattr(torch, its)}, "ctr": {getattr(torch, ctrs)}}
+        assert {value.dtype for value in task.parameters()} == {torch.float32}
+    save_prompted(task, tmp_path)
+    loaded = watch(load_scorer(tmp_path, SCHEMA))
+    for seen in kinds.values():
+        seen.clear()
+    with torch.no_grad():
+        scores = loaded.predict(batch)
+        assert kinds == {"lm": {getattr(torch, its)}, "ctr": {torch.float32}}
+        loaded.precision = "float32"
+        torch.testing.assert_close(scores, loaded.predict(batch), rtol=0, atol=0.01 if its == "bfloat16" else 0)
 
 
 def test_attention_of_a_fields_masked_words(tiny_lm: Path, tmp_path: Path):
