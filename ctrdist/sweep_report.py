@@ -50,9 +50,11 @@ def best_options(options: Any, values: Values, job: str, about: str) -> str:
     content = _changes(options, type(options)(), values)
     for name in ONE_RUN:
         content.pop(name, None)
+    run = f"python jobs/{job}.py --config THIS_FILE"
     if "@" in (content.get("tracking_uri") or ""):
         del content["tracking_uri"]
-    return f"# {about}\n#     python jobs/{job}.py --config THIS_FILE\n" + yaml.safe_dump(content, sort_keys=False)
+        run += " --tracking-uri URI  (left out here: it holds a password)"
+    return f"# {about}\n#     {run}\n" + yaml.safe_dump(content, sort_keys=False)
 
 
 def _changes(options: Any, usual: Any, values: Values, prefix: str = "") -> dict[str, Any]:

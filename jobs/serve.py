@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ctrdist.errors import UserError
 from raycluster import cli, cluster
-from raycluster.model_source import find_model
+from raycluster.model_source import RegistryAway, find_model, remembered
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,12 @@ def run(options: ServeOptions) -> None:
     except ImportError as error:
         raise UserError(f"Ray Serve is not installed ({error.name}): pip install '.[serve]'") from None
     model = options.model if options.model.startswith("models:/") else cluster.absolute(options.model)
-    source = find_model(model, options.tracking_uri, options.state)
+    try:
+        source = find_model(model, options.tracking_uri, options.state)
+    except RegistryAway:
+        source = remembered(model, options.tracking_uri)
+        if source is None:
+            raise
     cluster.connect()
     batching = (options.poll_seconds, options.batch_requests, options.batch_wait_ms)
     serve.start(model, source.tracking_uri, options.host, options.port, options.replicas, options.threads, *batching)

@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse
 from ctrdist.errors import UserError
 from ctrdist.schema import HISTORY, ITEM_ID
 from ctrdist.serving.model import ServedModel
-from raycluster.model_source import ModelSource, find_model
+from raycluster.model_source import ModelSource, find_model, remember, remembered
 
 log = logging.getLogger("ray.serve")
 
@@ -143,17 +143,27 @@ class Ranker:
         self.candidates = Counter("ctr_candidates", "Candidates scored.")
         self.version = Gauge("ctr_model_version", "Version of the registered model that serves.")
         self.failures = Counter("ctr_swap_failures", "Versions that could not be loaded, and looks that failed.")
-        self.loaded = self.get(self.current())
+        self.loaded = self.first()
         self.watcher = threading.Thread(target=self.watch, name="champion", daemon=True)
         self.watcher.start()
 
-    def current(self) -> ModelSource:
-        """What is to be served now."""
-        return find_model(self.model, self.tracking_uri, "")
+    def first(self) -> Loaded:
+        """The version to begin with. Where the registry is away, or its version broken, it is the one that served here
+        last."""
+        try:
+            return self.get(find_model(self.model, self.tracking_uri, ""))
+        except Exception as error:
+            source = remembered(self.model, self.tracking_uri)
+            if source is None:
+                raise
+            self.failures.inc()
+            log.warning("version %s serves again: %s", source.version, error)
+            return self.get(source)
 
     def get(self, source: ModelSource) -> Loaded:
         """A version, loaded."""
         loaded = Loaded(source, self.load(source.local()))
+        remember(self.model, source)
         if source.version.isdigit():
             self.version.set(int(source.version))
         return loaded
@@ -163,7 +173,7 @@ class Ranker:
         while True:
             time.sleep(self.poll_seconds)
             try:
-                source = self.current()
+                source = find_model(self.model, self.tracking_uri, "")
                 if source != self.loaded.source:
                     began, before = time.monotonic(), self.loaded.source.version
                     self.loaded = self.get(source)

@@ -306,6 +306,21 @@ def test_a_compiled_graph_serves_where_it_fits(tmp_path: Path, monkeypatch, capl
     np.testing.assert_allclose(other.predict_request(asked, items), expected, atol=1e-6)
 
 
+@pytest.mark.skipif(not COMPILES, reason="no C++ compiler here, or none that knows this processor")
+@pytest.mark.parametrize("name", ["din", "dcnv2"])
+def test_a_compiled_network_scores_as_the_exported_one(tmp_path: Path, monkeypatch, name: str):
+    """With a history that all rows share, or crosses of all fields, and CELA's text among them."""
+    monkeypatch.setattr("ctrdist.served.compiler", lambda: COMPILES)
+    made(tmp_path, name, text=True)
+    asked = rows(1).drop_columns("item_id")
+    items = pa.array(ITEMS * 3)
+    expected = Release(tmp_path).predict(pa.concat_tables([asked] * 36).append_column("item_id", items))
+    folder = find_artifact(tmp_path)
+    assert (folder / COMPILED.format("request")).exists()
+    np.testing.assert_allclose(ServedModel(folder).predict_request(asked, items), expected, atol=1e-6)
+    assert np.ptp(expected) > 1e-3
+
+
 def test_a_release_does_without_a_compiler_that_fails(tmp_path: Path, monkeypatch, caplog):
     def fails(_program, package_path: str, **_options) -> None:
         Path(package_path).write_text("half")

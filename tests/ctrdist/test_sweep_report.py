@@ -75,4 +75,5 @@ def test_the_daily_job_takes_the_best_options_as_they_are(tmp_path):
     taken = load_yaml(CelaOptions(), tmp_path / "best.yaml")
     assert taken == replace(chosen, date=None, from_scratch=False, config=None, tracking_uri=None)
     assert taken.align.temperature == 1 / 3 and "similarity: dot" in text and "secret" not in text
-    assert "# sweep x" in text and "--config" in text and "epochs" not in text
+    assert "# sweep x" in text and "--config THIS_FILE --tracking-uri URI" in text and "epochs" not in text
+    assert "--tracking-uri" not in best_options(replace(chosen, tracking_uri="http://host"), values, "cela_daily", "x")

@@ -13,6 +13,7 @@ import pytest
 from ctrdist.backbones import BackboneConfigs, dnn
 from ctrdist.errors import UserError
 from ctrdist.gate import GateConfig
+from ctrdist.serving.model import ServedModel
 from ctrdist.storage import State
 from ctrdist.tasks.click import ClickConfig
 from jobs import release as RELEASE
@@ -132,6 +133,27 @@ def test_a_day_without_the_gate(registered_here, options, versions):
     assert versions.aliases() == {"challenger": "4", "champion": "3"}
     assert report_of(options, 7)["gate"]["reasons"] == ["the gate was not asked (--no-promote)"]
     assert "auc" in versions.get("4").tags
+
+
+def test_a_version_that_scores_otherwise_after_reload_is_no_challenger(
+    registered_here, options, versions, tmp_path, monkeypatch
+):
+    """The registry's copy against the release it was made from: one probability is off by a thousandth."""
+
+    class Other(ServedModel):
+        def predict_frame(self, frame) -> np.ndarray:
+            scores = super().predict_frame(frame)
+            scores[-1] += 1e-3 if len(frame) > 5 else 0  # the sample's, and not the example's
+            return scores
+
+    own = replace(options, state=str(tmp_path / "state"))
+    with monkeypatch.context() as patch:
+        patch.setattr("raycluster.registry.ServedModel", Other)
+        JOB.run(own)
+    found = Versions(Server.of(None, own.state), "clicks")
+    (reason,) = (gate := report_of(own, 4)["gate"])["reasons"]
+    assert "its scores are up to 0.001 off those of the release that it was made from" in reason
+    assert not gate["promoted"] and found.aliases() == {} and [v.number for v in found.all()] == ["1"]
 
 
 def test_list_and_compare(registered_here, options, versions, capsys, monkeypatch):

@@ -1,12 +1,14 @@
 """Serving by Ray Serve: what a request becomes, and a champion that changes under load without a request dropped."""
 
 import json
-import socket
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -14,7 +16,11 @@ import pyarrow as pa
 import pytest
 
 from ctrdist.errors import UserError
-from raycluster.model_source import ModelSource, find_model
+from ctrdist.serving.model import ServedModel
+from raycluster import model_source
+from raycluster.model_source import ModelSource, RegistryAway, find_model
+from tests import servers
+from tests.servers import free_port
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 serve = pytest.importorskip("raycluster.serve", reason="the extra `serve` is not installed")
@@ -121,10 +127,15 @@ def ask(port: int, content: object, method: str = "POST") -> tuple[int, dict]:
         return error.code, json.loads(error.read() or b"{}")
 
 
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_a_new_champion_takes_over_under_load_and_no_request_fails(ray_cluster, registry):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     serve.start("models:/cela@champion", registry.tracking_uri, port=port, poll_seconds=0.3, load=Constant)
     answers: list[tuple[float, int, dict]] = []
     over = threading.Event()
@@ -135,12 +146,6 @@ def test_a_new_champion_takes_over_under_load_and_no_request_fails(ray_cluster, 
 
     def versions() -> set[str]:
         return {body["version"] for _, _, body in answers if "version" in body}
-
-    def until(condition) -> None:
-        end = time.monotonic() + 30
-        while not condition():
-            assert time.monotonic() < end, answers[-1]
-            time.sleep(0.05)
 
     clients = [threading.Thread(target=client) for _ in range(4)]
     try:
@@ -166,6 +171,83 @@ def test_a_new_champion_takes_over_under_load_and_no_request_fails(ray_cluster, 
     assert all(body["probabilities"] == scores[body["version"]] for _, _, body in answers)
     began = sorted(time_ for time_, _, body in answers if body["version"] == "2")[0]
     assert all(body["version"] == "2" for time_, _, body in answers if time_ > began + 5)
+
+
+def test_a_release_over_http_gives_its_own_scores_and_is_measured(ray_cluster, small_artifact):
+    """Whole: a release in a replica, the numbers that it gives without one, unknown ids and no history, and metrics."""
+    import ray
+
+    port, items = free_port(), ["i03", "i", "never seen", "i00"]
+    serve.start(str(small_artifact), port=port, batch_requests=4)
+    try:
+        for user, history in (("u1", ["i01", "i02"]), ("nobody", [])):
+            request = {"user": {"user_id": user}, "context": {"hour": 3, "tags": ["a"]}, "candidates": items}
+            status, body = ask(port, request | ({"history": history} if history else {}))
+            rows = {"user_id": user, "hour": 3, "tags": ["a"], "history": history}
+            typed = pa.schema([("history", pa.list_(pa.string())), ("tags", pa.list_(pa.string()))])
+            table = pa.table({name: [value] * 4 for name, value in rows.items()} | {"item_id": items})
+            table = table.set_column(3, "history", table["history"].cast(typed.field("history").type))
+            assert (status, body["version"]) == (200, "folder")
+            np.testing.assert_allclose(body["probabilities"], ServedModel(small_artifact).predict(table), atol=1e-6)
+        assert len({round(p, 6) for p in body["probabilities"]}) > 1
+        metrics = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+
+        def told() -> bool:
+            text = urllib.request.urlopen(metrics, timeout=10).read().decode()
+            lines = [line for line in text.splitlines() if line.startswith("ray_ctr_")]
+            value = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if "_bucket" not in line}
+            return value.get("ray_ctr_candidates_total") == 8 and value.get("ray_ctr_request_seconds_count") == 2
+
+        until(told)
+    finally:
+        serve.serve.shutdown()
+
+
+def test_a_replica_is_ill_when_nothing_follows_the_alias():
+    ranker = serve.Ranker.func_or_class
+    ranker.check_health(SimpleNamespace(watcher=SimpleNamespace(is_alive=lambda: True)))
+    with pytest.raises(RuntimeError, match="the thread that follows the alias has ended"):
+        ranker.check_health(SimpleNamespace(watcher=SimpleNamespace(is_alive=lambda: False)))
+
+
+def test_a_replica_starts_while_the_registry_is_away_or_its_champion_broken(
+    registry, processes, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    registry.set_registered_model_alias("cela", "champion", "2")
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    server = servers.serve(processes, port, registry.tracking_uri, tmp_path)
+
+    def replica() -> serve.Loaded:
+        return serve.Ranker.func_or_class("models:/cela@champion", uri, Constant, 1e6).loaded
+
+    assert replica().source.version == "2"
+    registry.set_registered_model_alias("cela", "champion", "3")
+    assert replica().source.version == "2" and "version 2 serves again: a broken release" in caplog.text
+    servers.kill(server)
+    loaded = replica()
+    assert (loaded.source.version, loaded.model.value) == ("2", 0.75) and "does not answer" in caplog.text
+    with pytest.raises(RegistryAway, match=f"the registry at {uri} does not answer"):
+        find_model("models:/cela@champion", uri, "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "new machine"))
+    with pytest.raises(RegistryAway):
+        replica()
+
+
+def test_a_machine_keeps_the_versions_that_were_asked_for_last(registry, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(model_source, "KEPT", 2)
+    sources = [find_model(f"models:/cela/{number}", registry.tracking_uri, "") for number in (1, 2, 3)]
+    first, second = sources[0].local(), sources[1].local()
+    assert sources[0].local() == first, "asked for again: now the second is the oldest"
+    with (second / "serving.json").open() as opened:
+        third = sources[2].local()
+        assert first.exists() and third.exists() and not second.exists()
+        assert json.load(opened) == {"value": 0.75}, "who has it open keeps it"
+    assert json.loads((sources[1].local() / "serving.json").read_text()) == {"value": 0.75}
+    assert third.exists() and not first.exists()
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(("new.", "old."))]
 
 
 def test_what_is_not_there_is_said(registry, tmp_path):
