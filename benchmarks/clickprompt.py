@@ -57,7 +57,6 @@ class Options:
 
     Args:
         log: rows, days and texts.
-        row_share: share of the training rows, the newest ones: less for a quick run.
         lm: the language model.
         text: what it reads of a row.
         prompts: what it reads besides.
@@ -73,7 +72,6 @@ class Options:
     """
 
     log: LogOptions = field(default_factory=LogOptions)
-    row_share: float = 1.0
     lm: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     text: RowTextConfig = field(default_factory=RowTextConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
@@ -162,7 +160,6 @@ def main(options: Options) -> None:
         log = options.log.open(folder, raw=True)
         items = read_items(options.log.prepared(folder), log.schema)
         log = with_tokens(log, items, options.lm.name, options.text, options.prompts)
-        log = replace(log, train=log.train.slice(round((1 - options.row_share) * log.train.num_rows)))
         with processes(log, options.processes) as pool:
             rows = list(ClickPromptStudy(log, State(folder / "clickprompt"), pool, options).rows())
     found = lines(rows)

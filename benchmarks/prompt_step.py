@@ -159,11 +159,12 @@ def main(options: Options) -> None:
             step(batch)
             took[name].append(time.perf_counter() - began)
     peaks = encode.peak(encode.Options(device=options.device))
-    peak = peaks["bfloat16" if use_bfloat16(options.precision, options.device) else "float32"]
+    half = use_bfloat16(options.precision, options.device)
+    own = {name: peaks["bfloat16" if half and name != "without_plm" else "float32"] for name in steps}
     seconds = {name: median(times) for name, times in took.items()}
     rows = [
         {"step": name, "samples_s": options.rows / seconds[name], "ms": 1000 * seconds[name],
-         "cost_of_mlm": seconds[name] / seconds["mlm"], "peak_share": work[name] / seconds[name] / peak}
+         "cost_of_mlm": seconds[name] / seconds["mlm"], "peak_share": work[name] / seconds[name] / own[name]}
         for name in steps
     ]  # fmt: skip
     lengths = np.concatenate([batch.tokens.lengths for batch in rest])

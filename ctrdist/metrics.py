@@ -154,7 +154,8 @@ def quadrants(
     label: ArrayLike,
     scores: dict[str, NDArray],
 ) -> list[dict]:
-    """Test rows by whether user and item are of the long tail, with each model's AUC (ClickPrompt, table 6).
+    """Test rows by whether user and item are of the long tail, with each model's AUC and log loss (ClickPrompt, table
+    6).
 
     Args:
         user_train_rows: [n] integers, training rows of the user of each test row.
@@ -164,7 +165,8 @@ def quadrants(
         scores: by model name, [n] each.
 
     Returns:
-        One {"users": "tail" or "head", "items": the same, "rows": n, "positives": n, "auc": {model: x}} a quadrant.
+        One {"users": "tail" or "head", "items": the same, "rows": n, "positives": n, "auc": {model: x},
+        "log_loss": {model: x}} a quadrant.
     """
     user_train_rows, item_train_rows, label = _columns(user_train_rows, item_train_rows, label)
     tails = user_train_rows <= edges[0], item_train_rows <= edges[1]
@@ -172,9 +174,13 @@ def quadrants(
     for users in (True, False):
         for items in (True, False):
             rows = np.flatnonzero((tails[0] == users) & (tails[1] == items))
-            aucs = {m: auc(label[rows], np.asarray(s)[rows]) if rows.size else math.nan for m, s in scores.items()}
+            own = {model: (label[rows], np.asarray(score)[rows]) for model, score in scores.items()}
+            by_model = {
+                metric.__name__: {model: metric(*columns) if rows.size else math.nan for model, columns in own.items()}
+                for metric in (auc, log_loss)
+            }
             names = {"users": "tail" if users else "head", "items": "tail" if items else "head"}
-            out.append(names | {"rows": rows.size, "positives": int((label[rows] > 0).sum()), "auc": aucs})
+            out.append(names | {"rows": rows.size, "positives": int((label[rows] > 0).sum())} | by_model)
     return json_safe(out)
 
 

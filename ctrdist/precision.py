@@ -1,5 +1,6 @@
 """The arithmetic that a model computes in: float32, or bfloat16 where the chip is faster for it."""
 
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ def use_bfloat16(precision: Precision, device: str | torch.device) -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and "avx512_bf16" in _cpu_flags()
 
 
+@cache
 def _cpu_flags() -> str:
     try:
         return next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")

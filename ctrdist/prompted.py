@@ -18,6 +18,7 @@ from ctrdist.language.model import LanguageModel, load_tokenizer
 from ctrdist.language.prompts import PromptConfig, PromptedLanguageModel
 from ctrdist.language.tokenizer import TextTokenizer
 from ctrdist.language.tokens import pad
+from ctrdist.precision import computing_in
 from ctrdist.row_texts import RowTextConfig
 from ctrdist.schema import Schema
 from ctrdist.tasks.click import ClickConfig, ClickModel
@@ -109,12 +110,13 @@ def load_prompted(folder: Path, schema: Schema) -> PromptedTask:
     """What `save_prompted` wrote, to be read from: after fine-tuning it can predict, else it has no head."""
     about = json.loads((folder / DESCRIPTION).read_text())
     prompts = from_dict(PromptConfig(), about["prompts"], str(folder / DESCRIPTION))
+    precision = about.get("precision", "float32")  # folders of old have none, and were scored so
     parts = load_click_model(folder, schema), PromptedLanguageModel(LanguageModel.load(str(folder / LM)), prompts)
     if about["finetune"]:
         config = from_dict(PromptFinetuneConfig(), about["finetune"], str(folder / DESCRIPTION))
-        task: PromptedTask = PromptedClick(*parts, config, about["precision"])
+        task: PromptedTask = PromptedClick(*parts, config, precision)
     else:
-        task = PromptedTask(*parts, PromptPretrainConfig(), about["precision"])
+        task = PromptedTask(*parts, PromptPretrainConfig(), precision)
     _load_own(task, folder)
     return task.eval()
 
@@ -135,12 +137,14 @@ def attention_by_field(
     tokens, mask_id = batch.tokens, task.reader.language_model.tokenizer.mask_token_id
     fields = Ragged(said.fields.astype(np.int32), said.tokens.offsets)
     of = pad(fields, tokens.items.tolist(), SPECIAL).input_ids.to(tokens.items.device)
-    prompts, found = task.prompts(task.click.represent(batch)[0], tokens), {}
+    representation, found = task.click.represent(batch)[0], {}
     for number, name in enumerate(names):
         own = of == number
         if own.any():
             ids = tokens.input_ids if mask_id is None else tokens.input_ids.masked_fill(own, mask_id)
-            weights = task.reader.attention_on_prompts(ids, tokens.attention_mask, prompts)[:, -1]
+            with computing_in(task.precision, ids.device):
+                prompts = task.prompts(representation, tokens)
+                weights = task.reader.attention_on_prompts(ids, tokens.attention_mask, prompts)[:, -1]
             shares = weights.mean(1)[own].double().mean(0)
             found[name] = (shares / shares.sum()).tolist()
     return found

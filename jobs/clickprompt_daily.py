@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from ctrdist import backbones
 from ctrdist.config import to_dict
+from ctrdist.errors import UserError
 from ctrdist.language import source
 from ctrdist.language.model import check_model
 from ctrdist.language.prompts import PromptConfig, check_prompts
@@ -58,6 +59,17 @@ class ClickPromptOptions(DayOptions):
         backbones.check(self.ctr.backbone)
         check_model(self.lm.name, head=self.pretrain.epochs > 0)
         check_prompts(self.lm.name, self.prompts)
+        if (self.lm.precision == "float64") != (self.ctr.precision == "float64"):
+            raise UserError(
+                f"--lm.precision {self.lm.precision}, --ctr.precision {self.ctr.precision}: float64 is of both models, "
+                "or of none"
+            )
+        for name, config in (("pretrain", self.pretrain), ("finetune", self.finetune)):
+            if self.lm.gradient_checkpointing and not config.lm_lr:
+                raise UserError(
+                    f"--{name}.lm-lr 0 with --lm.gradient-checkpointing: layers of a frozen language model are not "
+                    f"computed again; give --{name}.chunk, which saves as much memory"
+                )
 
     def batch_sizes(self) -> dict[str, int]:
         """Rows of a global batch, by option."""
@@ -71,9 +83,11 @@ class ClickPromptOptions(DayOptions):
     def meaning(self) -> str:
         """Fingerprint of what pre-training makes, besides the rows: with another one it is done again. When it is due,
         and how it fits the memory, are not in it."""
-        pretrain = replace(self.pretrain, every_days=PromptPretrainConfig.every_days, chunk=0)
+        pretrain, ctr = replace(self.pretrain, every_days=PromptPretrainConfig.every_days, chunk=0), self.ctr
+        names = ("backbone", "lr", "table_lr", "weight_decay", "table_optimizer", "table_decay", "precision")
+        own = [getattr(ctr, name) for name in names]
         parts = (replace(self.lm, gradient_checkpointing=False), self.text, self.prompts, pretrain)
-        return fingerprint(source.identity(self.lm.name), *map(to_dict, parts), self.finetune.prompts)
+        return fingerprint(source.identity(self.lm.name), *map(to_dict, parts), own, self.finetune.prompts)
 
 
 def run(options: ClickPromptOptions) -> None:

@@ -1,6 +1,7 @@
 """A batch of texts computed in parts of like length, and with gradient caching in the memory of one part."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch.utils.checkpoint import checkpoint
@@ -23,4 +24,6 @@ def in_parts(compute: Callable[[TokenBatch], Any], batch: TokenBatch, chunk: int
     if not chunk:
         return [(part, compute(part)) for part in batch.buckets(BUCKETS)]
     parts = batch.buckets(max(1, -(-len(batch) // chunk)))
-    return [(part, checkpoint(compute, part, use_reentrant=False)) for part in parts]
+    # The ids are an argument of their own because the random state is kept of the devices of those that are tensors.
+    again = partial(checkpoint, lambda part, _ids: compute(part), use_reentrant=False)
+    return [(part, again(part, part.input_ids)) for part in parts]

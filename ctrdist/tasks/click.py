@@ -89,6 +89,8 @@ class ClickConfig:
         for name in ("lr", "table_lr", "weight_decay", "table_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"ctr.{name}: {getattr(self, name)} is under 0")
+        if self.patience < 0:
+            raise UserError(f"ctr.patience: {self.patience} is under 0; 0 trains to the end")
         if not 0 <= self.unknown_share < 1:
             raise UserError(f"ctr.unknown_share: {self.unknown_share} is not a share from 0 to under 1")
 

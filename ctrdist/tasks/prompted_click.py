@@ -48,6 +48,8 @@ class PromptFinetuneConfig(PromptedConfig):
         for name in ("epochs", "warm_epochs"):
             if getattr(self, name) < 1:
                 raise UserError(f"finetune.{name}: {getattr(self, name)} is under 1")
+        if self.patience < 0:
+            raise UserError(f"finetune.patience: {self.patience} is under 0; 0 trains to the end")
 
 
 class PromptedClick(PromptedTask):

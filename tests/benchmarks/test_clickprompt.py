@@ -23,7 +23,6 @@ def test_all_variants_are_trained_once_and_compared_with_the_backbone(tmp_path, 
     small = BackboneConfigs(dcnv2=dcnv2.Config(hidden=(8,), dropout=0.0))
     options = clickprompt.Options(
         log=LogOptions(tmp_path / "data", date="2024-01-04", train_days=4, test_days=2),
-        row_share=0.5,
         lm=LanguageModelConfig(name=str(tiny_lm)),
         text=RowTextConfig(max_length=24),
         prompts=PromptConfig(count=2),

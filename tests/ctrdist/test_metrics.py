@@ -180,5 +180,6 @@ def test_quadrants_part_the_rows_by_user_and_item(rows):
     mine = (users > 2) & (items <= 1)
     assert found[2]["rows"] == mine.sum() and found[2]["positives"] == rows["label"][mine].sum()
     assert found[2]["auc"]["b"] == pytest.approx(roc_auc_score(rows["label"][mine], rows["b"][mine]))
+    assert found[2]["log_loss"]["b"] == pytest.approx(sklearn_log_loss(rows["label"][mine], rows["b"][mine]))
     none = metrics.quadrants(users, items, (9, 9), rows["label"], scores)[3]
-    assert none["rows"] == 0 and none["auc"] == {"a": None, "b": None}
+    assert none["rows"] == 0 and none["auc"] == none["log_loss"] == {"a": None, "b": None}

@@ -232,6 +232,8 @@ def test_pretraining_means_the_same_whenever_it_is_due_and_however_it_fits_the_m
     same = replace(options, pretrain=later, lm=replace(options.lm, gradient_checkpointing=True))
     other = replace(options, pretrain=replace(options.pretrain, mask_probability=0.3))
     assert same.meaning() == options.meaning() != other.meaning()
+    slower = replace(options, ctr=replace(options.ctr, lr=1e-5))
+    assert slower.meaning() != options.meaning() == replace(options, ctr=replace(options.ctr, epochs=9)).meaning()
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_read(options, lm_family):
@@ -243,5 +245,13 @@ def test_what_makes_no_sense_is_refused_before_anything_is_read(options, lm_fami
     )
     with pytest.raises(UserError, match="prompts.shift_positions: not for bart"):
         JOB.run(shifted)
+    for changed, message in (
+        ({"lm": {"precision": "float64"}}, "float64 is of both models, or of none"),
+        ({"ctr": {"precision": "float64"}}, "float64 is of both models, or of none"),
+        ({"lm": {"gradient_checkpointing": True}, "finetune": {"lm_lr": 0.0}}, "give --finetune.chunk"),
+    ):
+        groups = {group: replace(getattr(options, group), **values) for group, values in changed.items()}
+        with pytest.raises(UserError, match=message):
+            JOB.run(replace(options, **groups))
     with pytest.raises(UserError, match="no such backbone; did you mean 'dcnv2'"):
         JOB.run(replace(options, ctr=replace(options.ctr, backbone="dcnv3")))

@@ -375,6 +375,40 @@ def test_what_is_saved_goes_on_and_scores_alike(tiny_lm: Path, tmp_path: Path):
         assert torch.equal(loaded.predict(batch), tuned.predict(batch))
 
 
+@pytest.mark.parametrize(
+    ("family", "layer"), [("gpt2", "lora_"), ("opt", "lora_"), ("qwen2", "lora_"), ("bart", "fc1")]
+)
+def test_other_families_are_trained_saved_and_gone_on_with(lm_family, tmp_path: Path, family: str, layer: str):
+    """A decoder by adapters, which are merged where it is saved; a frozen one stays as it is."""
+    lm, batch = LanguageModelConfig(name=str(lm_family(family)), precision="float32"), batch_of(lm_family(family), 12)
+    for name in ("pretrained", "tuned"):
+        (tmp_path / name).mkdir()
+
+    def weights(task: Any) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in task.named_parameters() if layer in name and p.requires_grad}
+
+    config = PromptPretrainConfig(lm_lr=1e-2)
+    task = still(pretraining_task(ClickModel(SCHEMA, SIZES, rates(CTR, config)), lm, TWO, config, 0))
+    before = weights(task)
+    assert before
+    progress = fit(task, lambda first: iter([batch] * 8), LoopConfig(4, epochs=2))
+    assert progress.step == 8 and any(not torch.equal(before[name], value) for name, value in weights(task).items())
+    save_prompted(task, tmp_path / "pretrained")
+    for rate in (1e-2, 0.0):
+        own = PromptFinetuneConfig(lm_lr=rate)
+        click = load_click_model(tmp_path / "pretrained", SCHEMA, rates(CTR, own))
+        tuned = still(finetuning_task(click, lm, TWO, own, tmp_path / "pretrained", seed=0))
+        plain = tuned.reader.language_model.base.state_dict()
+        kept = {name: value.clone() for name, value in plain.items()}
+        fit(tuned, lambda first: iter([batch] * 2), LoopConfig(2))
+        moved = [name for name, value in tuned.reader.language_model.base.state_dict().items()
+                 if not torch.equal(value, kept[name])]  # fmt: skip
+        assert bool(moved) == bool(rate)
+    save_prompted(tuned, tmp_path / "tuned")
+    with torch.no_grad():
+        torch.testing.assert_close(load_scorer(tmp_path / "tuned", SCHEMA).predict(batch), tuned.eval().predict(batch))
+
+
 @pytest.mark.parametrize(("its", "ctrs"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float32")])
 def test_each_model_computes_in_its_own_precision(tiny_lm: Path, tmp_path: Path, its: Precision, ctrs: Precision):
     """In training as the options say; where rows are scored the language model does so too."""
@@ -451,6 +485,8 @@ def test_without_the_language_model_it_is_the_plain_backbone(tiny_lm: Path, tmp_
         (partial(PromptPretrainConfig, lm_lr=-1.0), "pretrain.lm_lr: -1.0 is under 0"),
         (partial(PromptPretrainConfig, mask_probability=0.0), "pretrain.mask_probability: 0.0"),
         (partial(PromptFinetuneConfig, epochs=0), "finetune.epochs: 0 is under 1"),
+        (partial(PromptFinetuneConfig, patience=-1), "finetune.patience: -1 is under 0"),
+        (partial(ClickConfig, patience=-1), "ctr.patience: -1 is under 0"),
         (partial(PromptFinetuneConfig, batch_size=0), "finetune.batch_size: 0 is under 1"),
     ],
 )
