@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from ctrdist.group import Group
 
 
+_USER = re.compile(r"//([^/@:\s]*:(?!\d+/)\S*@|[^/@\s]+@)")
+_SECRETS = re.compile(r"((?:password|passwd|pwd|token|secret\w*|access_key)=)[^&\s]*", re.IGNORECASE)
+
+
+def masked(text: str) -> str:
+    """Text as it may be shown: addresses in it have no user and password, nor secrets among their options."""
+    return _SECRETS.sub(r"\1***", _USER.sub("//***@", text))
+
+
 def filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
     """The filesystem of a local path or a URI (`s3://...`, `gs://...`, `hdfs://...`), and the path within it."""
     if "://" in str(uri):

@@ -9,14 +9,15 @@ import yaml
 from ctrdist.config import to_dict
 from ctrdist.report import metric, text_table
 from ctrdist.space import Dimension, Values
+from ctrdist.storage import masked
 from ctrdist.trials import Standing, Trial, shown
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 BEST, PAGE = "best.yaml", "sweep.html"
-ONE_RUN = ("date", "config", "from_scratch")
-"""Options that are of the run, and not of the method."""
+ONE_RUN = ("date", "config", "from_scratch", "workers", "plan")
+"""Options that are of the run, and not of the method; those of the cluster were those of a trial."""
 
 
 def sweep_table(standings: list[Standing], space: list[Dimension], most: int = 10) -> str:
@@ -51,7 +52,7 @@ def best_options(options: Any, values: Values, job: str, about: str) -> str:
     for name in ONE_RUN:
         content.pop(name, None)
     run = f"python jobs/{job}.py --config THIS_FILE"
-    if "@" in (content.get("tracking_uri") or ""):
+    if masked(content.get("tracking_uri") or "") != (content.get("tracking_uri") or ""):
         del content["tracking_uri"]
         run += " --tracking-uri URI  (left out here: it holds a password)"
     return f"# {about}\n#     {run}\n" + yaml.safe_dump(content, sort_keys=False)

@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
 from ctrdist.errors import UserError
+from ctrdist.storage import masked
 from raycluster.autoscaler import resources_for
 
 
@@ -316,7 +318,12 @@ def in_submitted_job() -> bool:
 
 
 def check_path(option: str, value: str) -> None:
-    """Raise a UserError for a relative path in a submitted job."""
+    """Raise a UserError for a relative path in a submitted job, or an address with keys in it."""
+    if urlsplit(value).username is not None:
+        raise UserError(
+            f"{option} {masked(value)}: keys in an address would end up in logs and reports; give them to all machines "
+            "by the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or by their role"
+        )
     if in_submitted_job() and "://" not in value and not os.path.isabs(value):
         raise UserError(
             f"{option} {value}: a submitted job runs in a copy of its working folder that is thrown away "

@@ -16,10 +16,9 @@ from ctrdist.gate import GateConfig
 from ctrdist.log import SPLIT_WINDOW, Part, RowGroup, Window, choose_window, file_facts, list_days, list_row_groups
 from ctrdist.report import console_table
 from ctrdist.schema import Schema
-from ctrdist.storage import Manifest, State, fingerprint
+from ctrdist.storage import Manifest, State, fingerprint, masked
 from raycluster import cluster
 from raycluster.code_version import code_version
-from raycluster.mlflow_server import masked
 from raycluster.tracking import MetricsTail, Tracker
 
 

@@ -103,7 +103,7 @@ class Gate:
         with ExitStack() as stack:
             named = {"challenger": version} | ({"champion": other} if other else {})
             releases = {name: stack.enter_context(self._release(version)) for name, version in named.items()}
-            needed = [column for name in releases.values() for column in ServedModel(self.state.local(name)).columns]
+            needed = [column for name in releases.values() for column in self._opened(name).columns]
             keep = dict.fromkeys([USER_ID, *needed])
             has = log_columns(self.reader.open()[0])
             if missing := [column for column in keep if column not in has]:
@@ -116,6 +116,12 @@ class Gate:
         scores = {name: _scores(table, name, user, item) for name in releases}
         rate = float(version.tags.get(CLICK_RATE) or (label > 0).mean())
         return decide(user, label, scores["challenger"], scores.get("champion"), rate, self.config, self.seed)
+
+    def _opened(self, release: str) -> ServedModel:
+        try:
+            return ServedModel(self.state.local(release))
+        except UserError as error:  # of other code than this
+            raise Unfit(f"{error}; jobs/release.py promote --force lets another one serve") from error
 
     @contextmanager
     def _release(self, version: Version) -> Iterator[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ctrdist.errors import UserError
-from ctrdist.storage import State, filesystem
+from ctrdist.storage import State, filesystem, masked
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,11 +35,6 @@ def refused(error: Exception) -> bool:
     """Whether MLflow will say the same at every other try."""
     code = getattr(error, "error_code", "")
     return code in _REFUSED or (code == "BAD_REQUEST" and _NO_SUCH_DATA.search(str(error)) is not None)
-
-
-def masked(uri: str) -> str:
-    """A URI as it may be shown: without user and password."""
-    return re.sub(r"//[^/@]*@", "//***@", uri)
 
 
 class Server:
@@ -153,11 +148,11 @@ class Server:
             raise failed[0]
         if failed and not self.away(failed[0]):
             raise UserError(
-                f"cannot use MLflow at {self.shown} (--tracking-uri): {self._reason(failed[0])}. Give the URL of "
+                f"cannot use MLflow at {self.shown} (--tracking-uri): {self.reason(failed[0])}. Give the URL of "
                 "a running server or a database URI such as sqlite:////folder/mlflow.db, or leave the option out"
             ) from failed[0]
         if failed or thread.is_alive():
-            reason = self._reason(failed[0]) if failed else f"no answer in {FIRST_CONTACT:.0f} s"
+            reason = self.reason(failed[0]) if failed else f"no answer in {FIRST_CONTACT:.0f} s"
             log.warning("MLflow at %s is away (%s): what is logged waits for it", self.shown, reason)
             return False
         return True
@@ -187,8 +182,9 @@ class Server:
             "run the job again when the server is back"
         )
 
-    def _reason(self, error: Exception) -> str:
-        lines = str(error).replace(self.uri, self.shown).strip().splitlines()
+    def reason(self, error: Exception) -> str:
+        """What an error says in one line, as it may be shown."""
+        lines = masked(str(error).replace(self.uri, self.shown)).strip().splitlines()
         return lines[0].rstrip(".") if lines else type(error).__name__
 
     def patiently(self, action: Callable[[], T]) -> T:
@@ -205,7 +201,7 @@ class Server:
                 if not self.away(error):
                     raise
                 if time.monotonic() + pause > end:
-                    raise self.gone(self._reason(error)) from error
+                    raise self.gone(self.reason(error)) from error
                 log.warning("MLflow at %s does not answer; the next try is in %.0f s", self.shown, pause)
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
@@ -230,12 +226,12 @@ class Server:
                 getattr(self, f"_{kind}")(self.runs[run], record)
         except Exception as error:
             if not refused(error):
-                raise ConnectionError(self._reason(error)) from error
+                raise ConnectionError(self.reason(error)) from error
             if len(entries := record.get("metrics", [])) > 1:  # one of them may be to blame
                 for entry in entries:
                     self._write(kind, run, {"metrics": [entry]})
             else:
-                log.warning("MLflow refuses %s: %s", json.dumps(record)[:200], self._reason(error))
+                log.warning("MLflow refuses %s: %s", json.dumps(record)[:200], self.reason(error))
 
     def _open(self, run: str, record: dict[str, Any]) -> None:
         experiment, tags = self.experiment(record["experiment"]), record["tags"]

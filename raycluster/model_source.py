@@ -1,20 +1,25 @@
 """Where a model to serve comes from: a folder, or MLflow's registry."""
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from ctrdist.errors import UserError
 from ctrdist.serving.model import find_artifact
-from ctrdist.storage import fingerprint
+from ctrdist.storage import checksums, fingerprint, masked
 from raycluster.cluster import absolute, check_path
-from raycluster.mlflow_server import Server, masked, mlflow_quiet
+from raycluster.mlflow_server import Server, mlflow_quiet
+from raycluster.versions import ARTIFACT
 
 KEPT = 3
-"""Versions of a registered model that stay on a machine: those asked for last."""
+"""Versions of a registered model that stay on a machine: those asked for last, besides one that is remembered."""
+LOADING = 3600.0
+"""Seconds that a process may take from when it asked for a version to when it has its files open."""
 VERSIONS = "versions"
 
 
@@ -43,34 +48,47 @@ class ModelSource:
 
     def local(self) -> Path:
         """A local folder that holds the artifact. What is registered is downloaded once a machine, which keeps the
-        `KEPT` versions of a model that were asked for last."""
+        `KEPT` versions of a model that were asked for last.
+
+        Raises:
+            UserError: the registry's files are not there, or not those that were registered.
+        """
         if not self.tracking_uri:
             return find_artifact(Path(self.name))
-        versions = _cache(self.name.rpartition("/")[0], self.tracking_uri) / VERSIONS
+        versions = _cache(self._model, self.tracking_uri) / VERSIONS
+        versions.mkdir(parents=True, exist_ok=True)
         folder = versions / f"{self.version}-{fingerprint(self.identity)[:8]}"
-        if not folder.exists():
-            self._download(folder)
-        os.utime(folder)
-        others = sorted(versions.glob("[0-9]*-????????"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in others[KEPT:]:
-            _remove(old)
+        with (versions.parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                self._download(folder)
+            os.utime(folder)
+            _forget(versions)
         return find_artifact(folder)
 
+    @property
+    def _model(self) -> str:
+        return self.name.rpartition("/")[0]
+
     def _download(self, folder: Path) -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="new."))
+        for left in folder.parent.glob("new.*"):  # of a process that died
+            shutil.rmtree(left)
+        partial, server = Path(tempfile.mkdtemp(dir=folder.parent, prefix="new.")), Server(self.tracking_uri)
         try:
             with mlflow_quiet() as mlflow:
                 # `models:/NAME/VERSION` itself would be looked for in the registry of the environment.
-                name = self.name.removeprefix("models:/").rpartition("/")[0]
-                files = mlflow.MlflowClient(self.tracking_uri).get_model_version_download_uri(name, self.version)
+                name, client = self._model.removeprefix("models:/"), server.client
                 found = mlflow.artifacts.download_artifacts(
-                    artifact_uri=files, dst_path=str(partial), tracking_uri=self.tracking_uri
+                    artifact_uri=client.get_model_version_download_uri(name, self.version),
+                    dst_path=str(partial),
+                    tracking_uri=self.tracking_uri,
                 )
+                expected = client.get_model_version(name, self.version).tags.get(ARTIFACT)
+            if expected and fingerprint(checksums(find_artifact(Path(found)))) != expected:
+                raise UserError("files are missing, or have other bytes than when it was registered")
             Path(found).rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
+        except Exception as error:  # MLflow, requests and SQLAlchemy each raise their own
+            raise UserError(f"{self.name} at {server.shown} cannot be fetched: {server.reason(error)}") from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -100,9 +118,9 @@ def find_model(model: str, tracking_uri: str | None, state: str) -> ModelSource:
         client = server.client
         found = client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, version)
     except Exception as error:  # MLflow, requests and SQLAlchemy each raise their own
-        reason = (str(error).replace(server.uri, server.shown).strip().splitlines() or [type(error).__name__])[0]
+        reason = server.reason(error)
         if server.away(error):
-            raise RegistryAway(f"--model {model}: the registry at {server.shown} does not answer: {reason}") from error
+            raise RegistryAway(f"--model {model}: the registry at {server.shown} does not answer: {reason}") from None
         raise UserError(f"--model {model}: not in the registry at {server.shown}: {reason}") from None
     return ModelSource(f"models:/{name}/{found.version}", server.uri, f"{found.run_id} {found.creation_timestamp}")
 
@@ -111,7 +129,7 @@ def remember(model: str, source: ModelSource) -> None:
     """Note on this machine that a registered model, by the name it was asked for, served as this version."""
     if source.tracking_uri:
         note = _note(model, source.tracking_uri)
-        note.parent.mkdir(parents=True, exist_ok=True)
+        note.parent.mkdir(exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as file:
             json.dump({"name": source.name, "identity": source.identity}, file)
         os.replace(file.name, note)
@@ -129,7 +147,9 @@ def remembered(model: str, tracking_uri: str) -> ModelSource | None:
 
 def _cache(model: str, tracking_uri: str) -> Path:
     """This machine's folder for a registered model, `models:/NAME`."""
-    return Path(tempfile.gettempdir()) / "ctrdist-models" / fingerprint(masked(tracking_uri), model)
+    own = Path(tempfile.gettempdir()) / f"ctrdist-models-{os.getuid()}"
+    own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return own / fingerprint(masked(tracking_uri), model)
 
 
 def _note(model: str, tracking_uri: str) -> Path:
@@ -138,11 +158,11 @@ def _note(model: str, tracking_uri: str) -> Path:
     return _cache(name, tracking_uri) / f"found-{fingerprint(model)}.json"
 
 
-def _remove(folder: Path) -> None:
-    """Remove a version, at once for those who look; who has its files open keeps them."""
-    gone = Path(tempfile.mkdtemp(dir=folder.parent, prefix="old."))
-    try:
-        folder.rename(gone / folder.name)
-    except FileNotFoundError:  # another process was faster
-        pass
-    shutil.rmtree(gone, ignore_errors=True)
+def _forget(versions: Path) -> None:
+    """Remove versions that nobody asked for lately; who has files of one open keeps them."""
+    notes = [json.loads(note.read_text()) for note in versions.parent.glob("found-*.json")]
+    noted = {note["name"].rpartition("/")[2] for note in notes}
+    found = sorted(versions.glob("[0-9]*-????????"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for folder in found[KEPT:]:
+        if folder.name.split("-")[0] not in noted and time.time() - folder.stat().st_mtime > LOADING:
+            shutil.rmtree(folder)

@@ -26,6 +26,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from ctrdist.allocator import keep_freed_memory
 from ctrdist.errors import UserError
 from ctrdist.schema import HISTORY, ITEM_ID
 from ctrdist.serving.model import ServedModel
@@ -37,7 +38,7 @@ PARTS = ("user", "context", "history", "candidates")
 SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
 
 
-WRONG_REQUEST = (UserError, TypeError, pa.ArrowException)
+WRONG_REQUEST = (UserError, TypeError, OverflowError, pa.ArrowException)
 """What scoring raises for what is wrong with a request; anything else is the server's fault."""
 
 
@@ -136,6 +137,7 @@ class Ranker:
         import torch
 
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self.model, self.tracking_uri, self.load, self.poll_seconds = model, tracking_uri, load, poll_seconds
         self.score.set_max_batch_size(batch_requests)
         self.score.set_batch_wait_timeout_s(batch_wait_ms / 1000)
@@ -199,7 +201,7 @@ class Ranker:
                 raise UserError(f"expected an object with {', '.join(PARTS)}")
             loaded = self.loaded
             table = loaded.table(content)
-        except (ValueError, TypeError, pa.ArrowException) as error:  # not JSON, or not what it should hold
+        except (ValueError, *WRONG_REQUEST) as error:  # not JSON, or not what it should hold
             return JSONResponse({"error": str(error)}, status_code=400)
         scores, version = await self.score((loaded, table))
         if isinstance(scores, WRONG_REQUEST):

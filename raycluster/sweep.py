@@ -104,9 +104,11 @@ def sweep(method: Method, base: Any, options: SweepOptions, spaces: tuple[str, .
     tracker = Tracker.open(base.tracking_uri, day.state.uri, base.experiment)
     params = base.shown() | {"space": [str(dimension) for dimension in space], "sweep": to_dict(options)}
     try:
-        with tracker.run(f"sweep {name}", params=params, tags={"sweep": name, "data": data}) as run_id:
+        searched = {"space": "; ".join(map(str, space)), "asha": f"{options.grace}, {options.reduction}"}
+        check_name(day, name, searched)
+        with tracker.run(f"sweep {name}", params=params, tags={"sweep": name, "data": data} | searched) as run_id:
             tracker.set_tags(run_id, {"code": code_version(), "schema": day.schema.fingerprint})
-            run = Sweep(method, base, options, space, day, data, name, tracker, run_id)
+            run = Sweep(method, base, options, space, day, data, name, tracker, run_id, searched)
             try:
                 run.search()
                 run.repeat()
@@ -115,6 +117,15 @@ def sweep(method: Method, base: Any, options: SweepOptions, spaces: tuple[str, .
                 run.end_open()
     finally:
         close_tracker(tracker)
+
+
+def check_name(day: Day, name: str, searched: dict[str, str]) -> None:
+    """Raise a UserError if a sweep of this name is complete that searched otherwise: its files would be replaced."""
+    known = day.state.find(f"sweeps/{name}/result")
+    before = known.facts.get("searched", searched) if known else searched
+    if before != searched:
+        was = ", ".join(f"{key} {before[key]}" for key in before if before[key] != searched[key])
+        raise UserError(f"sweep {name} is complete, with {was}: give this one another name (--sweep.name)")
 
 
 @dataclass
@@ -127,6 +138,7 @@ class Sweep:
         data: fingerprint of the rows that are trained on and validated on.
         name: of its folder in the state, under `sweeps/`.
         run_id: its run in MLflow, whose children are the trials'.
+        searched: what tells it from other sweeps of the same name.
         trials: those of the search, then those of the finalists.
         runs: the trials' runs in MLflow, by their names.
         blocks: those of them that are open.
@@ -141,6 +153,7 @@ class Sweep:
     name: str
     tracker: Tracker
     run_id: str
+    searched: dict[str, str]
     trials: list[Trial] = field(default_factory=list)
     runs: dict[str, str] = field(default_factory=dict)
     blocks: dict[str, AbstractContextManager[str]] = field(default_factory=dict)
@@ -155,8 +168,10 @@ class Sweep:
         return replace(override(self.base, trial.values), seed=trial.seed)
 
     def journal(self, trial: Trial) -> str:
-        """Name of the output that says how a trial went: one of the same rows and options, whatever its number."""
-        return f"{self.folder}/trials/{fingerprint(self.data, self.base.job, self.options_of(trial).result())}"
+        """Name of the output that says how a trial went: one of the same rows and options, whatever its number, that
+        was stopped, if it was, by the same rule."""
+        rule = "" if trial.repeat else self.searched["asha"]
+        return f"{self.folder}/trials/{fingerprint(self.data, self.base.job, self.options_of(trial).result(), rule)}"
 
     def search(self) -> None:
         """Train the space's draws, and stop early those that are worse than others."""
@@ -270,7 +285,13 @@ class Sweep:
         warnings += [f"{trial.name} failed: {trial.error}" for trial in self.trials if trial.status == "failed"]
         about = f"sweep {self.name}, trial {best.trial.number}: validation AUC {best.mean:.4f}"
         page = sweep_page(f"Sweep {self.name}", table, self.trials, self.space, warnings)
-        facts = {"trial": best.trial.number, "values": best.trial.values, "auc": best.mean, "spread": best.spread}
+        facts = {
+            "searched": self.searched,
+            "trial": best.trial.number,
+            "values": best.trial.values,
+            "auc": best.mean,
+            "spread": best.spread,
+        }
         with state.create(f"{self.folder}/result", self.data, facts) as folder:
             (folder / BEST).write_text(best_options(chosen, best.trial.values, self.base.job, about))
             (folder / PAGE).write_text(page, encoding="utf-8")

@@ -27,7 +27,10 @@ RELEASE, ARTIFACT, DATE, GATE, SERVED_SINCE = "release", "artifact", "date", "ga
 decided (JSON), and when it became champion last."""
 CHAMPIONS = "champions"
 """Tag of the model: the numbers of the champions so far, the present one last; one that was rolled back is gone."""
-MOST_CHAMPIONS = 1000
+MOST_CHARACTERS = 5000
+"""Of a tag's value, on every database that MLflow takes."""
+DOWNLOADS = 3
+"""Tries for an artifact before it counts as broken: a connection that is lost on the way looks the same."""
 
 
 class Unfit(Exception):
@@ -115,7 +118,7 @@ class Versions:
         if champions[-1:] != [number]:
             self._keep([*champions, number])
         self._call(lambda client: client.set_registered_model_alias(self.name, CHAMPION, number))
-        self._tag(number, SERVED_SINCE, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        self._serves_since_now(number)
 
     def previous(self) -> tuple[str, str]:
         """The champion, and the one before it.
@@ -134,6 +137,7 @@ class Versions:
         now, before = self.previous()
         self._call(lambda client: client.set_registered_model_alias(self.name, CHAMPION, before))
         self._keep(self.champions())
+        self._serves_since_now(before)
 
     def champions(self) -> list[str]:
         """The champions so far, the present one last.
@@ -161,16 +165,16 @@ class Versions:
             mlflow.set_tracking_uri(self.server.uri)
 
             def download(_client: Any) -> str:
-                return mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder)
+                return mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=tempfile.mkdtemp(dir=folder))
 
             try:
-                model = Path(self._call(download))
+                model = Path(self._persistently(download))
                 flavor = mlflow.models.Model.load(model).flavors["python_function"]
                 release = model / flavor["artifacts"][SERVING]["path"]
             except UserError:
                 raise
             except Exception as error:
-                raise self._broken(number, str(error).splitlines()[0] if str(error) else repr(error)) from error
+                raise self._broken(number, self.server.reason(error)) from error
             if expected and fingerprint(checksums(release)) != expected:
                 raise self._broken(number, "files are missing, or have other bytes than when it was registered")
             yield model, release
@@ -191,7 +195,7 @@ class Versions:
                 frame = mlflow.models.Model.load(folder).load_input_example(str(folder)) if frame is None else frame
                 found = model.predict(frame)["probability"].to_numpy()
             except Exception as error:  # of whatever library: it does not serve
-                raise self._broken(number, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+                raise self._broken(number, f"{type(error).__name__}: {self.server.reason(error)}") from error
         if expected is None and not (len(found) == len(frame) and np.isfinite(found).all()):
             raise self._broken(number, "it does not score its own example")
         if expected is not None and not np.allclose(found, expected, rtol=0, atol=NOISE, equal_nan=True):
@@ -214,11 +218,26 @@ class Versions:
         return self._call(find)
 
     def _keep(self, champions: list[str]) -> None:
-        kept = json.dumps(champions[-MOST_CHAMPIONS:])
+        while len(kept := json.dumps(champions)) > MOST_CHARACTERS:
+            champions = champions[1:]
         self._call(lambda client: client.set_registered_model_tag(self.name, CHAMPIONS, kept))
+
+    def _serves_since_now(self, number: str) -> None:
+        self._tag(number, SERVED_SINCE, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def _tag(self, number: str, key: str, value: str) -> None:
         self._call(lambda client: client.set_model_version_tag(self.name, number, key, value))
+
+    def _persistently(self, action: Callable[[Any], Any]) -> Any:
+        for left in reversed(range(DOWNLOADS)):
+            try:
+                return self._call(action)
+            except UserError:
+                raise
+            except Exception:
+                if not left:
+                    raise
+                time.sleep(1.0)
 
     def _call(self, action: Callable[[Any], Any]) -> Any:
         return self.server.patiently(lambda: action(self.server.client))

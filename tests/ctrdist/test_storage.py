@@ -10,7 +10,7 @@ from pyarrow import fs
 from ctrdist import storage
 from ctrdist.errors import UserError
 from ctrdist.group import Group
-from ctrdist.storage import State, filesystem, fingerprint
+from ctrdist.storage import State, filesystem, fingerprint, masked
 
 
 @pytest.fixture(params=["local", "file://", "remote", "s3"])
@@ -272,6 +272,23 @@ def write_parts(rank: int, folder: Path) -> None:
     (folder / f"x-{rank:05d}-of-00002.bin").write_bytes(b"ab" * (rank + 1))
     if rank == 0:
         (folder / "rest.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://user:pw@host:5000/x", "http://***@host:5000/x"),
+        ("postgresql://u:p/w@s@h/db", "postgresql://***@h/db"),
+        ("https://token@host", "https://***@host"),
+        ("postgresql:///db?user=u&password=p&ssl=1", "postgresql:///db?user=u&password=***&ssl=1"),
+        ("404 for url: http://u:p@h/a b", "404 for url: http://***@h/a b"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+        ("s3://bucket/log", "s3://bucket/log"),
+    ],
+)
+def test_addresses_are_shown_without_secrets(text: str, shown: str):
+    assert masked(text) == shown
 
 
 def test_two_workers_write_one_output(state):

@@ -66,14 +66,14 @@ def test_the_daily_job_takes_the_best_options_as_they_are(tmp_path):
 
     base = CelaOptions(
         data="/d", state="/s", date=dt.date(2024, 1, 4), train_days=4, from_scratch=True, config="own.yaml", seed=3,
-        tracking_uri="http://user:secret@host", ctr=ClickConfig(backbone="dcnv2", lr=1e-5),
+        tracking_uri="http://user:secret@host", workers=2, ctr=ClickConfig(backbone="dcnv2", lr=1e-5),
     )  # fmt: skip
     values = {"align.temperature": 1 / 3, "align.similarity": "dot", "pretrain.simcse_temperature": 1e-5}
     chosen = override(base, values)
     text = best_options(chosen, values, "cela_daily", "sweep x")
     (tmp_path / "best.yaml").write_text(text)
     taken = load_yaml(CelaOptions(), tmp_path / "best.yaml")
-    assert taken == replace(chosen, date=None, from_scratch=False, config=None, tracking_uri=None)
+    assert taken == replace(chosen, date=None, from_scratch=False, config=None, tracking_uri=None, workers=0)
     assert taken.align.temperature == 1 / 3 and "similarity: dot" in text and "secret" not in text
     assert "# sweep x" in text and "--config THIS_FILE --tracking-uri URI" in text and "epochs" not in text
     assert "--tracking-uri" not in best_options(replace(chosen, tracking_uri="http://host"), values, "cela_daily", "x")

@@ -20,7 +20,7 @@ from jobs import release as RELEASE
 from jobs import train as JOB
 from raycluster import cli
 from raycluster.mlflow_server import Server
-from raycluster.versions import SERVED_SINCE, Versions
+from raycluster.versions import SERVED_SINCE, Unfit, Versions
 from tests.servers import free_port, serve
 
 FIRST = dt.date(2024, 1, 4)
@@ -209,6 +209,49 @@ def test_what_is_broken_cannot_be_champion(registered_here, options, versions):
     assert versions.aliases()["champion"] == "1"
     weights.write_bytes(whole)
     release(options, "promote", "3")
+    assert versions.aliases()["champion"] == "3"
+
+
+def test_a_download_that_is_lost_on_the_way_is_tried_again(versions, monkeypatch):
+    """Twice nothing comes; the third time it does. What never comes is told without the server's password."""
+    import mlflow
+
+    real, tries = mlflow.artifacts.download_artifacts, []
+
+    def lossy(**asked) -> str:
+        tries.append(asked)
+        if len(tries) < 3:
+            raise mlflow.MlflowException("could not read https://user:secret@host/items.npy: connection reset")
+        return real(**asked)
+
+    monkeypatch.setattr("raycluster.versions.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr(mlflow.artifacts, "download_artifacts", lossy)
+    versions.require_whole("3")
+    assert len(tries) == 3
+    monkeypatch.setattr("raycluster.versions.DOWNLOADS", 1)
+    tries.clear()
+    with pytest.raises(Unfit, match=r"could not read https://\*\*\*@host/items.npy") as told:
+        versions.require_whole("3")
+    assert "secret" not in str(told.value)
+
+
+def test_the_champions_fit_a_tag_of_any_database(versions, monkeypatch):
+    monkeypatch.setattr("raycluster.versions.MOST_CHARACTERS", 20)
+    before = versions.champions()
+    versions._keep(["100", "101", "102", "103"])
+    kept = versions.server.client.get_registered_model("clicks").tags["champions"]
+    assert kept == '["102", "103"]' and len(kept) <= 20
+    versions._keep(before)
+    assert versions.champions() == before
+
+
+def test_a_champion_of_other_code_refuses_and_does_not_end_the_job(registered_here, options, versions, monkeypatch):
+    def other(_folder: Path) -> None:
+        raise UserError("an artifact of version 9, this code reads 1")
+
+    monkeypatch.setattr("raycluster.gate.ServedModel", other)
+    with pytest.raises(UserError, match="the gate refuses clicks version 4"):
+        release(options, "promote", "4")
     assert versions.aliases()["champion"] == "3"
 
 

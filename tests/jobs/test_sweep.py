@@ -113,7 +113,7 @@ def test_a_sweep_shares_stages_and_ends_in_options_for_the_daily_job(name, bases
     assert [len(facts["curve"]) for facts in trials] == [2, 2, 2] and {facts["status"] for facts in trials} == {"done"}
     best = state.find("sweeps/s/result").facts
     taken = load_yaml(daily(), Path(base.state) / "sweeps" / "s" / "best.yaml")
-    assert taken == replace(override(base, best["values"]), date=None)
+    assert taken == replace(override(base, best["values"]), date=None, workers=0)
     assert "the options' own values" in capsys.readouterr().out and not state.folders("runs")
     # Run again, nothing is trained; with more trials, those that ended are taken as they are.
     here.clear()
@@ -139,6 +139,15 @@ def test_a_sweep_cut_off_goes_on(bases, here, monkeypatch):
     monkeypatch.setattr("jobs.cela_daily.train_click", train_click)
     sweep(JOB.CELA, base, options, ("tau2",))
     assert Counter(here) == {"read": 1, "id": 1, "dap": 1, "roma": 2, "encode": 2, "mf2": 2}
+
+
+def test_another_search_does_not_take_a_complete_sweeps_name(bases, here):
+    base, options = bases["elec"], replace(SWEEP, trials=1, finalists=0)
+    sweep(JOB.ELEC, base, options, ())
+    sweep(JOB.ELEC, base, options, ())  # the same again
+    for other, spaces in ((options, ("distill.mse_weight=choice(0.1,0.2)",)), (replace(options, grace=2), ())):
+        with pytest.raises(UserError, match="sweep s is complete, with .*: give this one another name"):
+            sweep(JOB.ELEC, base, other, spaces)
 
 
 def test_the_command_line(monkeypatch, tmp_path, capsys):

@@ -123,6 +123,12 @@ def test_a_negative_number_is_refused():
         PlanConfig(readers=-1)
 
 
+def test_keys_in_an_address_are_refused():
+    with pytest.raises(UserError, match=r"--state s3://\*\*\*@bucket/state: keys in an address"):
+        cluster.check_path("--state", "s3://KEY:SECRET@bucket/state")
+    cluster.check_path("--state", "hdfs://namenode:9000/user@x/state")
+
+
 def test_the_plan_in_three_lines(on):
     on(CPU=48, GPU=4, train=4)
     assert make_plan(gpu_share=0.5, config=PlanConfig(train_on="train")).lines() == (

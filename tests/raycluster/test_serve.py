@@ -238,6 +238,7 @@ def test_a_replica_starts_while_the_registry_is_away_or_its_champion_broken(
 def test_a_machine_keeps_the_versions_that_were_asked_for_last(registry, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(model_source, "KEPT", 2)
+    monkeypatch.setattr(model_source, "LOADING", -1.0)
     sources = [find_model(f"models:/cela/{number}", registry.tracking_uri, "") for number in (1, 2, 3)]
     first, second = sources[0].local(), sources[1].local()
     assert sources[0].local() == first, "asked for again: now the second is the oldest"
@@ -247,7 +248,39 @@ def test_a_machine_keeps_the_versions_that_were_asked_for_last(registry, tmp_pat
         assert json.load(opened) == {"value": 0.75}, "who has it open keeps it"
     assert json.loads((sources[1].local() / "serving.json").read_text()) == {"value": 0.75}
     assert third.exists() and not first.exists()
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(("new.", "old."))]
+    model_source.remember("models:/cela@champion", sources[1])
+    assert first == sources[0].local() and third.exists() and second.exists(), "what is remembered stays besides"
+    assert third == sources[2].local() and first.exists() and second.exists()
+    assert not [path for path in tmp_path.rglob("new.*")]
+
+
+def test_a_version_is_downloaded_once_however_many_ask(registry, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source, real, times = find_model("models:/cela/1", registry.tracking_uri, ""), ModelSource._download, []
+
+    def slowly(self: ModelSource, folder: Path) -> None:
+        times.append(self)
+        time.sleep(0.2)
+        real(self, folder)
+
+    monkeypatch.setattr(ModelSource, "_download", slowly)
+    asked = [threading.Thread(target=source.local) for _ in range(4)]
+    for one in asked:
+        one.start()
+    for one in asked:
+        one.join()
+    assert times == [source] and (source.local() / "serving.json").exists()
+
+
+def test_files_that_are_not_those_registered_do_not_stay(registry, tmp_path, monkeypatch):
+    """The registry's files are damaged, and then whole again."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = find_model("models:/cela/1", registry.tracking_uri, "")
+    registry.set_model_version_tag("cela", "1", "artifact", "other")
+    with pytest.raises(UserError, match="models:/cela/1 at sqlite.* cannot be fetched: files are missing, or have"):
+        source.local()
+    registry.delete_model_version_tag("cela", "1", "artifact")
+    assert json.loads((source.local() / "serving.json").read_text()) == {"value": 0.25}
 
 
 def test_what_is_not_there_is_said(registry, tmp_path):
