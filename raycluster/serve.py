@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse
 from ctrdist.allocator import keep_freed_memory
 from ctrdist.errors import UserError
 from ctrdist.schema import HISTORY, ITEM_ID
-from ctrdist.serving.model import ServedModel
+from ctrdist.serving.model import A_REQUEST, ServedModel
 from raycluster.model_source import ModelSource, find_model, remember, remembered
 
 log = logging.getLogger("ray.serve")
@@ -43,12 +43,34 @@ WRONG_REQUEST = (UserError, TypeError, OverflowError, pa.ArrowException)
 
 
 class Model(Protocol):
-    """What scores rows: a release."""
+    """What scores rows: a release (`ServedModel`)."""
 
     columns: list[str]
 
     def predict(self, rows: pa.Table) -> np.ndarray:
         """Click probabilities, float32 [n]."""
+
+    def predict_request(self, request: pa.Table, items: pa.Array) -> np.ndarray:
+        """The same of one row without `item_id`, and each of the items."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request.
+
+    Args:
+        one: user and context, a row.
+        items: ids of the candidates.
+    """
+
+    one: pa.Table
+    items: pa.Array
+
+    @property
+    def rows(self) -> pa.Table:
+        """A row for each candidate."""
+        repeated = self.one.take(pa.array(np.zeros(len(self.items), np.int32)))
+        return repeated.append_column(ITEM_ID, self.items)
 
 
 @dataclass(frozen=True)
@@ -63,8 +85,8 @@ class Loaded:
     source: ModelSource
     model: Model
 
-    def table(self, request: dict[str, Any]) -> pa.Table:
-        """A request as rows, one a candidate: the user's and the context's columns say the same in each.
+    def read(self, request: dict[str, Any]) -> Asked:
+        """What a request asks.
 
         Raises:
             UserError: a part that is unknown or missing, or a field that the model needs.
@@ -77,37 +99,38 @@ class Loaded:
             raise UserError("candidates: expected a list of item ids")
         given = {**(request.get("user") or {}), **(request.get("context") or {}), HISTORY: request.get("history") or []}
         optional = getattr(self.model, "optional", ())
-        columns, same = {}, pa.array(np.zeros(len(candidates), np.int32))
-        for name in self.model.columns:
-            if name == ITEM_ID:
-                columns[name] = pa.array(candidates)
-            elif name in given:
+        columns, items = {}, pa.array(candidates)
+        for name in (name for name in self.model.columns if name != ITEM_ID):
+            if name in given:
                 # An empty history has no type of its own: that of the items' ids.
-                type_ = pa.list_(columns.get(ITEM_ID, pa.array(candidates)).type) if name == HISTORY else None
-                columns[name] = pa.array([given[name]], type_).take(same)
+                columns[name] = pa.array([given[name]], pa.list_(items.type) if name == HISTORY else None)
             elif name not in optional:
                 raise UserError(f"{name}: missing; the model needs it of the user or the context")
-        return pa.table(columns)
+        return Asked(pa.table(columns), items)
 
-    def score(self, tables: list[pa.Table]) -> list[np.ndarray | Exception]:
-        """Probabilities of each table's rows, those of like columns in one go; or why a table cannot be scored."""
+    def score(self, requests: list[Asked]) -> list[np.ndarray | Exception]:
+        """Probabilities of each request's candidates, or why there are none. Requests of few candidates and like
+        columns are scored in one go; one of many by itself, its user and context looked up once."""
         alike: dict[str, list[int]] = {}
-        for number, table in enumerate(tables):
-            alike.setdefault(table.schema.to_string(), []).append(number)
-        scores: list[np.ndarray | Exception] = [ValueError()] * len(tables)
+        for number, asked in enumerate(requests):
+            many = f"{number} " if len(asked.items) >= A_REQUEST else ""
+            alike.setdefault(f"{many}{asked.one.schema} {asked.items.type}", []).append(number)
+        scores: list[np.ndarray | Exception] = [ValueError()] * len(requests)
         for numbers in alike.values():
-            try:
-                together = self.model.predict(pa.concat_tables([tables[number] for number in numbers]))
-            except Exception as error:
-                if len(numbers) > 1:  # one of them is to blame
-                    each = [self.score([tables[number]])[0] for number in numbers]
-                else:
-                    each = [error]
-            else:
-                each = np.split(together, np.cumsum([tables[number].num_rows for number in numbers])[:-1])
-            for number, one in zip(numbers, each, strict=True):
+            for number, one in zip(numbers, self._together([requests[n] for n in numbers]), strict=True):
                 scores[number] = one
         return scores
+
+    def _together(self, requests: list[Asked]) -> list[np.ndarray | Exception]:
+        try:
+            if len(requests) == 1:
+                return [self.model.predict_request(requests[0].one, requests[0].items)]
+            together = self.model.predict(pa.concat_tables([asked.rows for asked in requests]))
+            return np.split(together, np.cumsum([len(asked.items) for asked in requests])[:-1])
+        except Exception as error:
+            if len(requests) == 1:
+                return [error]
+            return [self._together([asked])[0] for asked in requests]  # one of them is to blame
 
 
 @serve.deployment(health_check_period_s=10)
@@ -200,21 +223,21 @@ class Ranker:
             if not isinstance(content, dict):
                 raise UserError(f"expected an object with {', '.join(PARTS)}")
             loaded = self.loaded
-            table = loaded.table(content)
+            asked = loaded.read(content)
         except (ValueError, *WRONG_REQUEST) as error:  # not JSON, or not what it should hold
             return JSONResponse({"error": str(error)}, status_code=400)
-        scores, version = await self.score((loaded, table))
+        scores, version = await self.score((loaded, asked))
         if isinstance(scores, WRONG_REQUEST):
             return JSONResponse({"error": str(scores) or type(scores).__name__}, status_code=400)
         if isinstance(scores, Exception):
             log.error("version %s does not score a request", version, exc_info=scores)
             return JSONResponse({"error": "the model failed; its log says how"}, status_code=500)
-        self.candidates.inc(table.num_rows)
+        self.candidates.inc(len(asked.items))
         self.latency.observe(time.monotonic() - began)
         return JSONResponse({"probabilities": scores.tolist(), "version": version})
 
     @serve.batch
-    async def score(self, requests: list[tuple[Loaded, pa.Table]]) -> list[tuple[np.ndarray | Exception, str]]:
+    async def score(self, requests: list[tuple[Loaded, Asked]]) -> list[tuple[np.ndarray | Exception, str]]:
         """Scores of each request, or why there are none, by the version that served when it came, and that version.
 
         A thread computes, so that the next batch can gather meanwhile.

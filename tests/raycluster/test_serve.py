@@ -43,6 +43,10 @@ class Constant:
             raise UserError("column 'hour': not a number")
         return np.full(rows.num_rows, self.value, np.float32)
 
+    def predict_request(self, request: pa.Table, items: pa.Array) -> np.ndarray:
+        """The same."""
+        return self.predict(serve.Asked(request, items).rows)
+
 
 class Echo(Constant):
     """A model that scores an item by its id, and keeps what it was given."""
@@ -63,12 +67,12 @@ REQUEST = {"user": {"user_id": "u"}, "context": {"hour": 3}, "history": ["i9", "
 
 
 def test_a_request_becomes_a_row_for_each_candidate():
-    table = serve.Loaded(VERSION, Echo()).table(REQUEST)
+    table = serve.Loaded(VERSION, Echo()).read(REQUEST).rows
     assert table.to_pylist() == [
         {"user_id": "u", "hour": 3, "item_id": f"i{n}", "history": ["i9", "i8"]} for n in (1, 2, 3)
     ]  # fmt: skip
     without = {name: part for name, part in REQUEST.items() if name != "history"}
-    empty = serve.Loaded(VERSION, Echo()).table(without)
+    empty = serve.Loaded(VERSION, Echo()).read(without).rows
     assert empty["history"].to_pylist() == [[], [], []] and empty.schema == table.schema
 
 
@@ -83,22 +87,28 @@ def test_a_request_becomes_a_row_for_each_candidate():
 )
 def test_a_request_that_is_wrong_is_told_what_is(change, message):
     with pytest.raises(UserError, match=message):
-        serve.Loaded(VERSION, Echo()).table(REQUEST | change)
+        serve.Loaded(VERSION, Echo()).read(REQUEST | change)
 
 
 def test_requests_of_like_columns_are_scored_in_one_go_and_one_that_is_wrong_alone():
     loaded = serve.Loaded(VERSION, Echo())
     requests = [REQUEST | {"candidates": [f"i{10 * n}", f"i{10 * n + 1}"][: 1 + n % 2]} for n in range(4)]
     requests.insert(2, REQUEST | {"context": {"hour": "x"}})
-    found = loaded.score([loaded.table(request) for request in requests])
+    found = loaded.score([loaded.read(request) for request in requests])
     assert [str(scores) if isinstance(scores, Exception) else scores.tolist() for scores in found] == [
         [0.0], [10.0, 11.0], "column 'hour': not a number", [20.0], [30.0, 31.0]
     ]  # fmt: skip
     assert [table.num_rows for table in loaded.model.seen] == [6, 3]
     loaded.model.seen.clear()
     # Where requests are alike and one of them is to blame, the others are answered.
-    both = loaded.score([loaded.table(requests[0]), loaded.table(REQUEST | {"candidates": ["none"]})])
+    both = loaded.score([loaded.read(requests[0]), loaded.read(REQUEST | {"candidates": ["none"]})])
     assert both[0].tolist() == [0.0] and isinstance(both[1], ValueError) and not isinstance(both[1], UserError)
+    loaded.model.seen.clear()
+    # A request of many candidates is scored by itself.
+    many = REQUEST | {"candidates": [f"i{n}" for n in range(20)]}
+    found = loaded.score([loaded.read(request) for request in (requests[0], many, requests[1], many)])
+    assert [len(scores) for scores in found] == [1, 20, 2, 20] and found[3].tolist() == list(range(20))
+    assert sorted(table.num_rows for table in loaded.model.seen) == [3, 20, 20]
 
 
 @pytest.fixture(scope="module")
@@ -249,8 +259,8 @@ def test_a_machine_keeps_the_versions_that_were_asked_for_last(registry, tmp_pat
     assert json.loads((sources[1].local() / "serving.json").read_text()) == {"value": 0.75}
     assert third.exists() and not first.exists()
     model_source.remember("models:/cela@champion", sources[1])
-    assert first == sources[0].local() and third.exists() and second.exists(), "what is remembered stays besides"
-    assert third == sources[2].local() and first.exists() and second.exists()
+    assert first == sources[0].local() and second.exists() and not third.exists()
+    assert third == sources[2].local() and first.exists() and second.exists(), "what is remembered stays besides"
     assert not [path for path in tmp_path.rglob("new.*")]
 
 
