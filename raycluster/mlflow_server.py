@@ -206,17 +206,21 @@ class Server:
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
 
-    def deliver(self, records: list[dict[str, Any]]) -> None:
+    def deliver(self, folder: Path, records: list[dict[str, Any]]) -> None:
         """Write what a `raycluster.tracking.Tracker` recorded. All of it may come a second time, and changes nothing.
 
         What the server refuses for good is left out with a warning.
+
+        Args:
+            folder: of the journal, which has the files that records refer to.
 
         Raises:
             ConnectionError: anything else went wrong; another try may go better.
         """
         for (kind, run), group in groupby(records, lambda record: (record["kind"], record["run"])):
             for record in _together(list(group)) if kind == "metrics" else group:
-                self._write(kind, run, record)
+                files = {"folder": str(folder / record["folder"])} if kind == "artifacts" else {}
+                self._write(kind, run, record | files)
 
     def _write(self, kind: str, run: str, record: dict[str, Any]) -> None:
         try:

@@ -14,11 +14,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ctrdist.errors import UserError
 from ctrdist.storage import State, filesystem, fingerprint
+from raycluster.handover import Handover
 from raycluster.journal import Journal
 from raycluster.mlflow_server import Server
 
@@ -41,10 +43,11 @@ class Tracker:
         server: that gets the records.
         journal: that delivers them to it.
         experiment: name of the experiment.
+        handover: takes what is not delivered to the next job, where the state is on object storage.
     """
 
-    def __init__(self, server: Server, journal: Journal, experiment: str) -> None:
-        self.server, self.journal, self.experiment = server, journal, experiment
+    def __init__(self, server: Server, journal: Journal, experiment: str, handover: Handover | None = None) -> None:
+        self.server, self.journal, self.experiment, self.handover = server, journal, experiment, handover
 
     @classmethod
     def open(cls, uri: str | None, state: str | Path, experiment: str) -> "Tracker":
@@ -55,8 +58,8 @@ class Tracker:
             uri: a server (`http://...`) or database (`sqlite:///...`, `postgresql://...`); None is
                 `sqlite:///<state>/mlflow.db`.
             state: folder of the pipeline's state. A database keeps its artifacts in `<state>/mlflow-artifacts`; a
-                server decides that itself. The journal lies in `<state>/tracking`, or in `~/.cache/ctrdist` for a state
-                on object storage.
+                server decides that itself. The journal lies in `<state>/tracking`; that of a state on object storage in
+                `~/.cache/ctrdist` while the job runs.
             experiment: name of the experiment.
 
         Raises:
@@ -65,11 +68,14 @@ class Tracker:
         """
         server = Server.of(uri, state)
         server.first_contact(experiment)
+        handover = None
         if State(state).is_local:
             folder = Path(filesystem(state)[1]).resolve() / "tracking"
         else:
             folder = Path.home() / ".cache" / "ctrdist" / f"tracking-{fingerprint(str(state).rstrip('/'))}"
-        return cls(server, Journal(folder, server.deliver), experiment)
+            handover = Handover(State(state).path("tracking"), folder)
+            handover.take()
+        return cls(server, Journal(folder, partial(server.deliver, folder)), experiment, handover)
 
     @property
     def client(self) -> Any:
@@ -151,7 +157,7 @@ class Tracker:
         """Copies every file of a local `folder` to the run's artifacts, under the folder `to` where given."""
         kept = self.journal.files / uuid.uuid4().hex
         shutil.copytree(folder, kept)
-        self._write("artifacts", run_id, folder=str(kept), to=to)
+        self._write("artifacts", run_id, folder=str(kept.relative_to(self.journal.folder)), to=to)
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
         """Ends a run as FINISHED, FAILED or KILLED."""
@@ -176,9 +182,12 @@ class Tracker:
     def close(self, seconds: float = LAST_WAIT) -> int:
         """Waits a while for the server to take what was logged, and stops; returns how many records it did not take.
 
-        They stay in `journal.folder`, for the next tracker of the state to deliver.
+        They stay in `journal.folder`, or in the state, for its next tracker to deliver.
         """
-        return self.journal.close(seconds)
+        waiting = self.journal.close(seconds)
+        if self.handover:
+            (self.handover.leave if waiting else self.handover.done)()
+        return waiting
 
 
 def _labels(tags: Mapping) -> dict[str, str]:

@@ -5,9 +5,10 @@ import sys
 import time
 
 import pytest
+from pyarrow import fs
 
 from ctrdist.errors import UserError
-from ctrdist.storage import State
+from ctrdist.storage import State, filesystem
 from raycluster import mlflow_server, tracking
 from raycluster.tracking import MetricsTail, Tracker
 from raycluster.trainer import Recorder
@@ -190,6 +191,30 @@ def test_a_server_that_is_away_is_no_reason_to_stop(uri, tmp_path, caplog, monke
 def test_state_on_object_storage_needs_a_uri():
     with pytest.raises(UserError, match="--tracking-uri"):
         Tracker.open(None, "s3://bucket/state", "daily")
+
+
+def test_what_waits_for_a_state_on_object_storage_is_taken_up_on_another_machine(s3, tmp_path, monkeypatch):
+    """The server is down to the end of a job, whose machine then goes with all its files."""
+    monkeypatch.setattr(mlflow_server, "FIRST_CONTACT", 2.0)
+    monkeypatch.setenv("HOME", str(tmp_path / "one"))
+    first = Tracker.open("http://127.0.0.1:9", f"{s3}/state", "daily")
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "report.html").write_text("<p>")
+    with first.run("day", params={"seed": 1}) as run:
+        first.log_metrics(run, {"auc": 0.7})
+        first.log_artifacts(run, tmp_path / "page")
+    assert first.close(0.1) == 5
+
+    monkeypatch.setenv("HOME", str(tmp_path / "two"))
+    for _ in range(2):  # the second finds nothing to do
+        second = Tracker.open(f"sqlite:///{tmp_path}/mlflow.db", f"{s3}/state", "daily")
+        assert second.close() == 0
+        (run,) = second.client.search_runs([second.server.experiment("daily")])
+        assert run.data.metrics == {"auc": 0.7} and run.info.status == "FINISHED"
+        assert [file.path for file in second.client.list_artifacts(run.info.run_id)] == ["report.html"]
+        files, root = filesystem(f"{s3}/state/tracking")
+        left = files.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=True))
+        assert not [info for info in left if info.is_file]
 
 
 def test_a_deleted_experiment_is_a_user_error(tracker, state):
