@@ -1,8 +1,14 @@
 """Trials that share stages: one makes an output while the others wait, and what a trial tells reaches the driver."""
 
 import asyncio
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
 
-from raycluster.sharing import TrialTracker, Turns
+from ctrdist.storage import Manifest, State
+from raycluster.cluster import Plan
+from raycluster.sharing import SharedDay, TrialTracker, Turns
 
 
 def test_one_trial_at_a_time_makes_an_output():
@@ -40,6 +46,35 @@ def test_a_trial_that_died_holds_nothing():
         assert turns.held == {"x": "b"}
 
     asyncio.run(trials())
+
+
+def test_trials_that_want_a_stage_at_once_make_it_once_and_others_side_by_side(tmp_path: Path):
+    """Four trials, two of each set of values, all at the same stage at the same time."""
+    state, made, together = State(tmp_path), [], threading.Barrier(2, timeout=10)
+    locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def make(name: str, inputs: str, _metrics: str) -> Manifest:
+        made.append(name)
+        together.wait()  # those of other values are under way meanwhile
+        time.sleep(0.1)
+        with state.create(name, inputs, {"rows": 1}):
+            pass
+        return state.find(name)
+
+    def trial(inputs: str, found: list[Manifest]) -> None:
+        tracker = TrialTracker("mf2", lambda _: None, lambda _: None)
+        day = SharedDay(None, None, {}, None, state, None, plan=Plan(1, 0, 1.0, 1), tracker=tracker,
+                        folder="sweeps/s/stages", turn=lambda output: locks[output])  # fmt: skip
+        found.append(day.stage("dap", inputs, make))
+
+    found: list[Manifest] = []
+    trials = [threading.Thread(target=trial, args=(inputs, found)) for inputs in ("a", "a", "b", "b")]
+    for one in trials:
+        one.start()
+    for one in trials:
+        one.join()
+    assert sorted(made) == ["sweeps/s/stages/dap-a", "sweeps/s/stages/dap-b"]
+    assert sorted(manifest.name for manifest in found) == sorted(2 * made)
 
 
 def test_what_is_said_is_heard_once():
