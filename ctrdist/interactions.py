@@ -15,8 +15,9 @@ import pyarrow as pa
 from ctrdist.config import from_dict, to_dict
 from ctrdist.encode import TEXT_ROW
 from ctrdist.errors import UserError
+from ctrdist.hashing import text_hashes
 from ctrdist.interaction_text import TextConfig, interaction_texts, item_sides
-from ctrdist.items import Catalog, ItemTexts, by_catalog_row, text_hashes
+from ctrdist.items import Catalog, ItemTexts, by_catalog_row
 from ctrdist.language.tokenizer import TextTokenizer
 from ctrdist.log import RowGroup, find_faults
 from ctrdist.schema import ITEM_ID, Schema
@@ -81,7 +82,7 @@ class Interactions:
     def distinct(self, group: RowGroup, rows: pa.Table) -> Texts:
         """The distinct texts of a row group's good rows."""
         texts = self.texts(rows.filter(pa.array(find_faults(rows, group.day, self.catalog) == 0)))
-        return merged([(text_hashes(texts.to_pylist()), texts)])
+        return merged([(text_hashes(texts), texts)])
 
     def numbers(self, group: RowGroup, rows: pa.Table) -> dict[str, pa.Array]:
         """The number of each row's text, int64 [n], as the column `beside.text`; 0 where a bad row's is not there.
@@ -91,7 +92,7 @@ class Interactions:
         Raises:
             UserError: the text of a good row is not there.
         """
-        at = find(self.hashes, text_hashes(self.texts(rows).to_pylist()))
+        at = find(self.hashes, text_hashes(self.texts(rows)))
         there = at >= 0
         if not there.all() and (find_faults(rows, group.day, self.catalog, group.split)[~there] == 0).any():
             raise UserError(

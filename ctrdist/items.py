@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ from pyarrow import fs
 
 from ctrdist.errors import UserError, nearest
 from ctrdist.fields import Encoder, new_encoder
+from ctrdist.hashing import text_hashes
 from ctrdist.numeric import sample_values, to_numbers
 from ctrdist.schema import ITEM_ID, MULTI, NUMERIC, Schema
 from ctrdist.serving.ragged import Column, Ragged, load_column, offsets_of, save_column
@@ -252,16 +252,11 @@ class ItemTexts:
         return pc.binary_length(self.column.take(pa.array(rows))).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def hashes(self, rows: np.ndarray, block: int = 65536) -> np.ndarray:
-        """A 64-bit hash (SipHash) of each of the given rows' texts, uint64: the same in every process."""
+        """A 64-bit hash of each of the given rows' texts, uint64 (`ctrdist.hashing`)."""
         out = np.empty(len(rows), np.uint64)
         for start in range(0, len(rows), block):
-            out[start : start + block] = text_hashes(self.take(rows[start : start + block]))
+            out[start : start + block] = text_hashes(self.column.take(pa.array(rows[start : start + block])))
         return out
-
-
-def text_hashes(texts: list[str]) -> np.ndarray:
-    """A 64-bit hash (SipHash) of each text, uint64: the same in every process."""
-    return pd.util.hash_array(np.array(texts, object), categorize=False)
 
 
 def by_catalog_row(texts: pa.Array, items: pa.Table, ids: Vocabulary) -> pa.Array:

@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from ctrdist.encode import ITEM, SAID, vectors_of
 from ctrdist.errors import UserError
+from ctrdist.hashing import text_hashes
 from ctrdist.interaction_text import TextConfig, item_sides
 from ctrdist.interactions import Texts, find, merged
-from ctrdist.items import Catalog, ItemTexts, Ragged, text_hashes
+from ctrdist.items import Catalog, ItemTexts, Ragged
 from ctrdist.language.assemble import RowTokenizer, RowTokens, say
 from ctrdist.language.tokenizer import TextTokenizer
 from ctrdist.log import RowGroup, read_row_group
@@ -114,7 +115,7 @@ class RowTexts:
         out = np.full((rows.num_rows, max(1, self.rows)), -1, np.int32)
         for number, (name, part, known) in enumerate(zip(self.fields[start:], self.parts, self.hashes, strict=False)):
             texts, codes = _say(rows[name], part, name)
-            out[:, number] = np.append(find(known, text_hashes(texts.to_pylist())), -1)[codes]
+            out[:, number] = np.append(find(known, text_hashes(texts)), -1)[codes]
         return {SAID: pa.FixedSizeListArray.from_arrays(pa.array(out.ravel()), out.shape[1])}
 
     def codes(self, table: pa.Table) -> np.ndarray:
@@ -168,7 +169,7 @@ class RowTexts:
 def distinct(rows: pa.Table, schema: Schema, config: RowTextConfig) -> list[Texts]:
     """The distinct texts of each user and context field that something is said of, in rows of the log, by hash."""
     said = [_say(rows[name], part, name)[0] for name, part in _spoken(schema.row_fields, config)]
-    return [merged([(text_hashes(texts.to_pylist()), texts)]) for texts in said]
+    return [merged([(text_hashes(texts), texts)]) for texts in said]
 
 
 def distinct_of_group(data: str, group: RowGroup, schema: Schema, config: RowTextConfig) -> list[Texts]:

@@ -63,7 +63,7 @@ def pretraining_due(day: Day, meaning: str, config: PromptPretrainConfig) -> boo
 def tokens(day: Day, read: Read, lm: str, prompts: PromptConfig, config: RowTextConfig) -> Manifest:
     """What makes the tokens of all rows that were read for the day: every distinct value said and tokenised once."""
     tokenizer = row_tokenizer(lm, config, prompts)
-    inputs = fingerprint("by hash", read.identity, tokenizer.fingerprint, to_dict(config))
+    inputs = fingerprint("by text hash", read.identity, tokenizer.fingerprint, to_dict(config))
 
     def make(name: str, inputs: str, _metrics: str) -> Manifest:
         reader = LogReader(day.options.data, day.state.uri, read.output.name)

@@ -115,7 +115,7 @@ def interaction_output(
 ) -> Manifest:
     """The distinct texts of all rows of `days_used`, as an output beside that of `stage`."""
     used = days_used(day, days)
-    inputs = fingerprint("interaction", read.identity, meaning(config, tokenizer), [str(d) for d in used])
+    inputs = fingerprint("interactions by text hash", read.identity, meaning(config, tokenizer), [str(d) for d in used])
     name, sides = f"{stage}.texts-{inputs}", f"{stage}.sides-{inputs}"
     if day.state.find(name, inputs) is None:
         reader = _reader(day, read)
