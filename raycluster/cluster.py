@@ -164,7 +164,7 @@ def make_plan(
     config = config or PlanConfig()
     resources = resources_for(_wanted(config), config.wait_minutes * 60)
     cpus, gpus, memory = int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), resources.get("memory", 0)
-    places = int(min(gpus, resources.get(config.train_on, 0))) if config.train_on else gpus
+    places = _training_gpus(resources, config)
     if cpus < 2:
         raise UserError(
             f"the cluster has {cpus} CPUs for Ray to use, and needs 2: start it with --num-cpus of 2 or more, or, if "
@@ -199,13 +199,20 @@ def make_plan(
         readers=config.readers or fit,
         reader_bytes=reader,
         train_on=config.train_on,
-        cluster=_has(resources),
+        cluster=_has(resources, config),
     )
 
 
-def _has(resources: dict[str, float]) -> dict[str, float]:
+def _training_gpus(resources: dict[str, float], config: PlanConfig) -> int:
+    """GPUs of the nodes that train."""
+    gpus = resources.get("GPU", 0)
+    return int(min(gpus, resources.get(config.train_on, 0)) if config.train_on else gpus)
+
+
+def _has(resources: dict[str, float], config: PlanConfig) -> dict[str, float]:
     nodes = sum(name.startswith("node:") and "internal" not in name for name in resources)
-    return {name: resources[name] for name in ("CPU", "GPU", "memory") if name in resources} | {"nodes": nodes}
+    names = ("CPU", "GPU", "memory", config.train_on)
+    return {name: resources[name] for name in names if name in resources} | {"nodes": nodes}
 
 
 def _count_workers(workers: int, room: int, kind: str, sizes: dict[str, int]) -> int:
@@ -238,7 +245,7 @@ def plan_trials(
     """
     config = config or PlanConfig()
     plan = make_plan(workers or 1, batch_sizes, encoders, gpu_share, config)
-    cpus, gpus = int(plan.cluster["CPU"]), int(plan.cluster.get("GPU", 0))
+    cpus, gpus = int(plan.cluster["CPU"]), _training_gpus(plan.cluster, config)
     room, kind = (gpus, "GPUs") if gpus else (cpus, "CPUs")
     if at_once * plan.workers > room:
         raise UserError(

@@ -4,7 +4,7 @@ import pytest
 
 from ctrdist.errors import UserError
 from raycluster import cluster
-from raycluster.cluster import Plan, PlanConfig, make_plan
+from raycluster.cluster import Plan, PlanConfig, make_plan, plan_trials
 
 GIB = 2**30
 
@@ -52,6 +52,9 @@ def test_only_some_gpus_train(on):
     plan = make_plan(config=PlanConfig(train_on="train"))
     assert (plan.workers, plan.encoders) == (4, 12)
     assert plan.worker_resources == {"CPU": 1.0, "GPU": 1, "train": 1}
+    assert plan_trials(config=PlanConfig(train_on="train"))[1] == 4 and plan_trials()[1] == 12
+    with pytest.raises(UserError, match="--sweep.at-once 5: 5 workers, and the cluster has 4 GPUs"):
+        plan_trials(at_once=5, config=PlanConfig(train_on="train"))
     with pytest.raises(UserError, match="--workers 5: the cluster has 4 GPUs"):
         make_plan(5, config=PlanConfig(train_on="train"))
     with pytest.raises(UserError, match="no GPU of nodes with the resource 'trian' to train on"):
