@@ -83,11 +83,9 @@ class ClickPromptOptions(DayOptions):
     def meaning(self) -> str:
         """Fingerprint of what pre-training makes, besides the rows: with another one it is done again. When it is due,
         and how it fits the memory, are not in it."""
-        pretrain, ctr = replace(self.pretrain, every_days=PromptPretrainConfig.every_days, chunk=0), self.ctr
-        names = ("backbone", "lr", "table_lr", "weight_decay", "table_optimizer", "table_decay", "precision")
-        own = [getattr(ctr, name) for name in names]
+        pretrain = replace(self.pretrain, every_days=PromptPretrainConfig.every_days, chunk=0)
         parts = (replace(self.lm, gradient_checkpointing=False), self.text, self.prompts, pretrain)
-        return fingerprint(source.identity(self.lm.name), *map(to_dict, parts), own, self.finetune.prompts)
+        return fingerprint(source.identity(self.lm.name), *map(to_dict, parts), self.finetune.prompts)
 
 
 def run(options: ClickPromptOptions) -> None:

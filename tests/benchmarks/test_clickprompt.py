@@ -43,7 +43,7 @@ def test_all_variants_are_trained_once_and_compared_with_the_backbone(tmp_path, 
     rows = {row["model"]: row for row in found["rows"]}
     assert list(rows) == ["backbone", "pretrain", "without_plm", *options.variants]
     scored = [row["auc"] for row in found["rows"] if "auc" in row]
-    assert len(set(scored)) == 7 and "300 training, 400 test rows" in out
+    assert len(set(scored)) == 7 and "600 training, 400 test rows" in out
     gain = found["ratios"]["auc_without_plm_less_backbone"]
     assert gain == rows["without_plm"]["auc"] - rows["backbone"]["auc"]
     with pytest.raises(SystemExit, match="unknown nothing"):

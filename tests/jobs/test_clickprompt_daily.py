@@ -233,7 +233,7 @@ def test_pretraining_means_the_same_whenever_it_is_due_and_however_it_fits_the_m
     other = replace(options, pretrain=replace(options.pretrain, mask_probability=0.3))
     assert same.meaning() == options.meaning() != other.meaning()
     slower = replace(options, ctr=replace(options.ctr, lr=1e-5))
-    assert slower.meaning() != options.meaning() == replace(options, ctr=replace(options.ctr, epochs=9)).meaning()
+    assert slower.meaning() == options.meaning(), "later days may go on at other rates"
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_read(options, lm_family):
