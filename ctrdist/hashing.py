@@ -27,8 +27,9 @@ def text_hashes(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
     starts, left = starts[order], lengths[order]
     hashes = _SEED ^ left.astype(np.uint64)
     while (active := int(np.searchsorted(-left, 0))) > 0:
-        word = np.ascontiguousarray(words[starts[:active]]).view("<u8").ravel().astype(np.uint64)
-        beyond = (_WORD - left[:active]).clip(0).astype(np.uint64) * np.uint64(8)
+        starts, left = starts[:active], left[:active]
+        word = np.ascontiguousarray(words[starts]).view("<u8").ravel().astype(np.uint64)
+        beyond = (_WORD - left).clip(0).astype(np.uint64) * np.uint64(8)
         hashes[:active] = _mixed_in(hashes[:active], word << beyond)
         starts, left = starts + _WORD, left - _WORD
     out = np.empty_like(hashes)

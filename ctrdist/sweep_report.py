@@ -51,8 +51,8 @@ def best_options(options: Any, values: Values, job: str, about: str) -> str:
     content = _changes(options, type(options)(), values)
     for name in ONE_RUN:
         content.pop(name, None)
-    run = f"python jobs/{job}.py --config THIS_FILE"
-    if masked(content.get("tracking_uri") or "") != (content.get("tracking_uri") or ""):
+    run, server = f"python jobs/{job}.py --config THIS_FILE", content.get("tracking_uri") or ""
+    if masked(server) != server:
         del content["tracking_uri"]
         run += " --tracking-uri URI  (left out here: it holds a password)"
     return f"# {about}\n#     {run}\n" + yaml.safe_dump(content, sort_keys=False)

@@ -186,7 +186,12 @@ class Tracker:
         """
         waiting = self.journal.close(seconds)
         if self.handover:
-            (self.handover.leave if waiting else self.handover.done)()
+            try:
+                (self.handover.leave if waiting else self.handover.done)()
+            except OSError as error:  # no reason for a job to fail that has done its work
+                log.warning(
+                    "%s cannot be written: %s; records wait in %s", self.handover.remote, error, self.journal.folder
+                )
         return waiting
 
 

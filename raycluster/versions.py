@@ -5,6 +5,7 @@ one call, so that who loads `models:/NAME@champion` gets one whole version or an
 """
 
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from ctrdist.gate import NOISE
 from ctrdist.serving.model import SERVING
 from ctrdist.storage import checksums, fingerprint
 from raycluster.mlflow_server import Server, mlflow_quiet
+
+log = logging.getLogger(__name__)
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 RELEASE, ARTIFACT, DATE, GATE, SERVED_SINCE = "release", "artifact", "date", "gate", "champion_since"
@@ -229,14 +232,16 @@ class Versions:
         self._call(lambda client: client.set_model_version_tag(self.name, number, key, value))
 
     def _persistently(self, action: Callable[[Any], Any]) -> Any:
+        """`_call`, tried again, with a warning that says why, where it fails though the server answers."""
         for left in reversed(range(DOWNLOADS)):
             try:
                 return self._call(action)
             except UserError:
                 raise
-            except Exception:
+            except Exception as error:  # MLflow's, of a file that is not there as of one that was cut off
                 if not left:
                     raise
+                log.warning("%s at %s: %s; trying again", self.name, self.server.shown, self.server.reason(error))
                 time.sleep(1.0)
 
     def _call(self, action: Callable[[Any], Any]) -> Any:
