@@ -238,3 +238,15 @@ def test_opening_is_silent_and_import_is_lazy(tmp_path):
     assert done.stdout == "" and done.stderr.strip().endswith("still heard")
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert logging.root.manager.disable == 0
+
+
+def test_object_storage_that_is_away_at_the_end_is_a_warning(tmp_path, caplog):
+    class Away:
+        remote = "s3://bucket/state/tracking"
+
+        def done(self) -> None:
+            raise OSError("no answer")
+
+    tracker = Tracker.open(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, "daily")
+    tracker.handover = Away()
+    assert tracker.close() == 0 and "s3://bucket/state/tracking cannot be written: no answer" in caplog.text
