@@ -62,7 +62,8 @@ class ModelSource:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.exists():
                 self._download(folder)
-            os.utime(folder)
+            now = time.time_ns()  # the kernel's own stamps are a tick apart, so that two versions may have the same
+            os.utime(folder, ns=(now, now))
             _forget(versions)
         return find_artifact(folder)
 
@@ -162,7 +163,7 @@ def _forget(versions: Path) -> None:
     """Remove versions that nobody asked for lately; who has files of one open keeps them."""
     notes = [json.loads(note.read_text()) for note in versions.parent.glob("found-*.json")]
     noted = {note["name"].rpartition("/")[2] for note in notes}
-    found = sorted(versions.glob("[0-9]*-????????"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = sorted(versions.glob("[0-9]*-????????"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for folder in found[KEPT:]:
         if folder.name.split("-")[0] not in noted and time.time() - folder.stat().st_mtime > LOADING:
             shutil.rmtree(folder)
