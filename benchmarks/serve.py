@@ -311,7 +311,7 @@ def show(rows: list[dict[str, Any]], options: Options) -> None:
         numbers += [f"{found['requests_s']:.1f}", f"{found['us_a_candidate']:.1f}"]
         times = found["us_a_candidate"] / rows[0]["us_a_candidate"]
         table.add_row(name, f"{found['candidates']:,}", *numbers, f"{times:.2f}")
-    console = Console(width=120)
+    console = Console(width=128)
     console.print(table)
     console.print(f"* {options.lm} reads every candidate's text: compare by µs a candidate")
 
