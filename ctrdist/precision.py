@@ -19,7 +19,7 @@ def use_bfloat16(precision: Precision, device: str | torch.device) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and "avx512_bf16" in _cpu_flags()
 
 

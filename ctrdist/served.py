@@ -18,7 +18,7 @@ from ctrdist.export import export_dense
 from ctrdist.fields import Encoder
 from ctrdist.items import Catalog
 from ctrdist.schema import Schema
-from ctrdist.serving.graphs import BUILT_FOR, COMPILED, EXPORTED, machine
+from ctrdist.serving.graphs import BUILT_FOR, COMPILED, EXPORTED, is_compiled, machine
 from ctrdist.serving.model import CATALOG, DESCRIPTION, FORMAT, ITEMS, REQUEST, ROWS, TABLES, USERS, VOCABULARY
 from ctrdist.serving.ragged import Column, save_column, take
 from ctrdist.serving.vocabulary import Ids
@@ -123,8 +123,7 @@ def _save_items(path: Path, model: ClickModel, catalog: Catalog, text_table: np.
 def _digest(folder: Path) -> str:
     """Sixteen hex digits that change with anything that scores depend on, which compiled graphs are not."""
     digest = hashlib.sha256()
-    compiled = (BUILT_FOR, COMPILED.format(REQUEST))
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in compiled):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not is_compiled(path)):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

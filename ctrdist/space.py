@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -100,7 +100,7 @@ def parse_space(texts: Collection[str], named: dict[str, str], base: Any, fixed:
     for number, dimension in enumerate(space):
         if dimension.field in {other.field for other in space[:number]}:
             raise UserError(f"--space {dimension}: {dimension.field} has a space already; leave one of them out")
-        _check(dimension, base, fixed)
+        space[number] = _checked(dimension, base, fixed)
     return space
 
 
@@ -138,7 +138,8 @@ def _parse(text: str, named: dict[str, str]) -> Dimension:
     return Dimension(field, kind, arguments)
 
 
-def _check(dimension: Dimension, base: Any, fixed: Collection[str]) -> None:
+def _checked(dimension: Dimension, base: Any, fixed: Collection[str]) -> Dimension:
+    """The dimension, values of a choice as the options have them: YAML takes 1e-3 for a word."""
     if dimension.field.split(".")[-1] == "batch_size":
         raise UserError(
             f"--space {dimension}: a batch size is not swept: with another one the learning rates mean something else. "
@@ -146,11 +147,15 @@ def _check(dimension: Dimension, base: Any, fixed: Collection[str]) -> None:
         )
     if dimension.field.split(".")[0] in fixed:
         raise UserError(f"--space {dimension}: {dimension.field} is no hyper-parameter; give it as an option")
-    for value in dimension.ends:
-        try:
-            override(base, {dimension.field: value})
-        except UserError as error:
-            raise UserError(f"--space {dimension}: {error}") from None
+    try:
+        taken = [value_of(override(base, {dimension.field: value}), dimension.field) for value in dimension.ends]
+    except UserError as error:
+        raise UserError(f"--space {dimension}: {error}") from None
+    if dimension.kind != "choice":
+        return dimension
+    if len(set(map(str, taken))) < len(taken):
+        raise UserError(f"--space {dimension}: two of its values are one")
+    return replace(dimension, arguments=tuple(taken))
 
 
 def override(base: T, values: Values) -> T:

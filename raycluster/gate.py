@@ -1,6 +1,8 @@
 """The gate: a new release against the one that serves, on the same rows of the log, each by its own vocabulary."""
 
+import datetime as dt
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,21 +18,24 @@ from ctrdist.gate import GateConfig, Scores, decide, refused
 from ctrdist.log import RowGroup, log_columns
 from ctrdist.report import metric, signed
 from ctrdist.schema import LABEL, USER_ID
+from ctrdist.serving.graphs import is_compiled
 from ctrdist.serving.model import ServedModel
 from ctrdist.storage import Manifest, State, fingerprint
 from raycluster.cluster import Plan
 from raycluster.ingest import LogReader
 from raycluster.stages.evaluate import score, user_numbers
-from raycluster.versions import DATE, RELEASE, SERVED_SINCE, Unfit, Version, Versions
+from raycluster.versions import CHAMPION, DATE, RELEASE, SERVED_SINCE, Unfit, Version, Versions
 
 CLICK_RATE = "click_rate"
 """Tag of a version: the click rate of the rows that it was trained on."""
+COPIES = "gate"
+"""Folder of the state for what only the registry has, while it is compared."""
 RAW = "raw."
 
 
 def content(release: Manifest) -> str:
-    """Fingerprint of all that a release is made of."""
-    return fingerprint(release.files)
+    """Fingerprint of all that a release is made of: the same where it is written once more."""
+    return fingerprint({path: digest for path, digest in release.files.items() if not is_compiled(path)})
 
 
 class ReleaseScorer:
@@ -131,11 +136,14 @@ class Gate:
         if found and content(found) == version.tags.get(RELEASE):
             yield own
             return
-        copy = f"gate/{version.tags.get(RELEASE, version.number)}"
-        if not self.state.find(copy):
+        copy = f"{COPIES}/{dt.date.today()}-{uuid.uuid4().hex}"  # its own: another gate may be at the same one
+        yesterday = dt.date.today() - dt.timedelta(1)
+        for left in self.state.names(COPIES):  # by a gate that was killed
+            if left < f"{COPIES}/{yesterday}":
+                self.state.remove(left)
+        try:
             with self.versions.artifact(version.number) as (_, folder), self.state.create(copy) as out:
                 shutil.copytree(folder, out, dirs_exist_ok=True)
-        try:
             yield copy
         finally:
             self.state.remove(copy)
@@ -164,6 +172,17 @@ def act(versions: Versions, number: str, decision: dict[str, Any]) -> None:
     versions.record(number, decision)
     if decision["promoted"] and SERVED_SINCE not in versions.get(number).tags:
         versions.promote(number)
+
+
+def stands(versions: Versions, version: Version) -> bool:
+    """Whether what was decided of a version still does: it was asked, and was not to take over, has done so, or is
+    against the champion of now."""
+    decision = version.decision
+    if decision is None or "skipped" in decision:
+        return False
+    now = versions.aliases().get(CHAMPION)
+    carried_out = SERVED_SINCE in version.tags or now == version.number
+    return not decision["promoted"] or carried_out or now == decision["champion_version"]
 
 
 def lines(name: str, decision: dict[str, Any]) -> list[str]:

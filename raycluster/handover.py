@@ -1,5 +1,6 @@
 """A journal's files on object storage: from a job that ends before all is delivered to the next one, anywhere."""
 
+import shutil
 from pathlib import Path
 
 from pyarrow import fs
@@ -21,27 +22,47 @@ class Handover:
         self._taken: list[str] = []
 
     def take(self) -> None:
-        """Copy what waits to this machine. It stays where it is until it is delivered (`done`)."""
-        self._taken = [info.path for info in self._files() if info.is_file]
+        """Copy what waits to this machine. It stays where it is until it is delivered (`settle`)."""
+        self._taken = [path for path in self._files(self._root, deep=False) if path.endswith(".jsonl")]
         for path in self._taken:
-            target = self.local / path.removeprefix(f"{self._root}/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            fs.copy_files(path, str(target), source_filesystem=self._filesystem)
+            target = self.local / Path(path).name
+            if target.exists():  # another job on this machine has taken it
+                continue
+            for file in self._files(str(Path(path).with_suffix(".files"))):
+                copy = self.local / Path(file).relative_to(self._root)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                fs.copy_files(file, str(copy), source_filesystem=self._filesystem)
+            self.local.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(".new")
+            fs.copy_files(path, str(partial), source_filesystem=self._filesystem)
+            partial.rename(target)
 
-    def leave(self) -> None:
-        """Copy what this machine's journals hold to where the next job finds it."""
-        for path in self.local.rglob("*"):
-            if path.is_file():
-                target = f"{self._root}/{path.relative_to(self.local)}"
+    def settle(self, left: list[Path]) -> None:
+        """Leave for the next job what is not delivered, and no longer what is.
+
+        Args:
+            left: the journals, of this job or taken by it, that are not delivered. They are here no longer then: a
+                later job on this machine would deliver them after what came meanwhile.
+
+        Raises:
+            OSError: object storage is away; they stay here.
+        """
+        for path in left:
+            files = path.with_suffix(".files")
+            for file in [*(file for file in files.rglob("*") if file.is_file()), path]:  # who takes it finds its files
+                target = f"{self._root}/{file.relative_to(self.local)}"
                 self._filesystem.create_dir(target.rpartition("/")[0], recursive=True)
-                fs.copy_files(str(path), target, destination_filesystem=self._filesystem)
-
-    def done(self) -> None:
-        """All that was taken is delivered: remove it there."""
+                fs.copy_files(str(file), target, destination_filesystem=self._filesystem)
+            path.unlink()
+            shutil.rmtree(files, ignore_errors=True)
+        names = {path.name for path in left}
         for path in self._taken:
-            if self._filesystem.get_file_info(path).is_file:
-                self._filesystem.delete_file(path)
+            if Path(path).name not in names:
+                for file in [path, *self._files(str(Path(path).with_suffix(".files")))]:
+                    if self._filesystem.get_file_info(file).is_file:
+                        self._filesystem.delete_file(file)
         self._taken = []
 
-    def _files(self) -> list[fs.FileInfo]:
-        return self._filesystem.get_file_info(fs.FileSelector(self._root, allow_not_found=True, recursive=True))
+    def _files(self, folder: str, deep: bool = True) -> list[str]:
+        found = self._filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=deep))
+        return [info.path for info in found if info.is_file]

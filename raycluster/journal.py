@@ -80,20 +80,27 @@ class Journal:
             self._hurry = False
         return waiting
 
-    def close(self, seconds: float) -> int:
-        """`flush`, and stop. What is left stays in its file, for the next process to deliver."""
+    def close(self, seconds: float, leave: Callable[[list[Path]], None] = lambda paths: None) -> int:
+        """`flush`, and stop. What is left stays in its file, for the next process to deliver.
+
+        Args:
+            leave: called at the end with the files that are left, while no other process can have them.
+        """
         waiting = self.flush(seconds)
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(1.0)  # it may be in the middle of a call that hangs
-        for _, file, _ in self._earlier:
-            file.close()
-        if self._file:
-            if waiting:
-                self._file.close()
-            else:
-                _remove(self.path, self._file)
+        held = [(path, file) for path, file, _ in self._earlier]
+        if self._file and waiting:
+            held.append((self.path, self._file))
+        elif self._file:
+            _remove(self.path, self._file)
+        try:
+            leave([path for path, _ in held])
+        finally:
+            for _, file in held:
+                file.close()
         return waiting
 
     def _run(self) -> None:

@@ -31,9 +31,17 @@ _NO_SUCH_DATA = re.compile(r"sqlalche\.me/e/\w+/(9h9h|gkpj)\)")
 code BAD_REQUEST, as it does for a connection that is lost."""
 
 
+_LATER = (401, 403, 407, 408, 425, 429)
+"""HTTP's answers that another try, or other credentials, may change; those from 400 to 499 besides stay as they are."""
+
+
 def refused(error: Exception) -> bool:
-    """Whether MLflow will say the same at every other try."""
-    code = getattr(error, "error_code", "")
+    """Whether MLflow, or a proxy before it, will say the same at every other try."""
+    code, answer = getattr(error, "error_code", ""), getattr(error, "response", None)
+    if isinstance(error, UserError):  # the experiment was deleted
+        return True
+    if answer is not None and 400 <= answer.status_code < 500 and not code:
+        return answer.status_code not in _LATER
     return code in _REFUSED or (code == "BAD_REQUEST" and _NO_SUCH_DATA.search(str(error)) is not None)
 
 

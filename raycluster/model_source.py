@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ctrdist.errors import UserError
 from ctrdist.serving.model import find_artifact
-from ctrdist.storage import checksums, fingerprint, masked
+from ctrdist.storage import fingerprint, masked
 from raycluster.cluster import absolute, check_path
 from raycluster.mlflow_server import Server, mlflow_quiet
-from raycluster.versions import ARTIFACT
+from raycluster.versions import ARTIFACT, artifact_digest
 
 KEPT = 3
 """Versions of a registered model that stay on a machine: those asked for last, besides one that is remembered."""
@@ -60,7 +60,8 @@ class ModelSource:
         folder = versions / f"{self.version}-{fingerprint(self.identity)[:8]}"
         with (versions.parent / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.exists():
+            if not _is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
                 self._download(folder)
             now = time.time_ns()  # the kernel's own stamps are a tick apart, so that two versions may have the same
             os.utime(folder, ns=(now, now))
@@ -85,8 +86,9 @@ class ModelSource:
                     tracking_uri=self.tracking_uri,
                 )
                 expected = client.get_model_version(name, self.version).tags.get(ARTIFACT)
-            if expected and fingerprint(checksums(find_artifact(Path(found)))) != expected:
+            if expected and artifact_digest(find_artifact(Path(found))) != expected:
                 raise UserError("files are missing, or have other bytes than when it was registered")
+            _contents(folder).write_text(json.dumps(_sizes(Path(found))))
             Path(found).rename(folder)
         except Exception as error:  # MLflow, requests and SQLAlchemy each raise their own
             raise UserError(f"{self.name} at {server.shown} cannot be fetched: {server.reason(error)}") from None
@@ -150,6 +152,8 @@ def _cache(model: str, tracking_uri: str) -> Path:
     """This machine's folder for a registered model, `models:/NAME`."""
     own = Path(tempfile.gettempdir()) / f"ctrdist-models-{os.getuid()}"
     own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if own.is_symlink() or own.stat().st_uid != os.getuid():
+        raise UserError(f"{own} is somebody else's, who could change what is served: remove it, or set TMPDIR")
     return own / fingerprint(masked(tracking_uri), model)
 
 
@@ -167,3 +171,19 @@ def _forget(versions: Path) -> None:
     for folder in found[KEPT:]:
         if folder.name.split("-")[0] not in noted and time.time() - folder.stat().st_mtime > LOADING:
             shutil.rmtree(folder)
+            _contents(folder).unlink(missing_ok=True)
+
+
+def _contents(folder: Path) -> Path:
+    """Where it is noted which files a version's folder has."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a version is there with all of its files: systems clear folders for temporary files now and then."""
+    noted = _contents(folder)
+    return folder.exists() and noted.exists() and json.loads(noted.read_text()) == _sizes(folder)

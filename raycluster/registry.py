@@ -20,17 +20,17 @@ from ctrdist.log import read_row_group
 from ctrdist.schema import HISTORY
 from ctrdist.served import write_served
 from ctrdist.serving.model import SERVING, ServedModel
-from ctrdist.storage import Manifest, checksums, fingerprint
+from ctrdist.storage import Manifest
 from ctrdist.tasks.click import ClickModel
 from ctrdist.text_table import FACTS, TABLE, load_text_table
 from raycluster import ingest, reporting
 from raycluster.day import Day, say
-from raycluster.gate import CLICK_RATE, Gate, act, content, lines
+from raycluster.gate import CLICK_RATE, Gate, act, content, lines, stands
 from raycluster.ingest import LogReader
 from raycluster.mlflow_server import PATIENCE, mlflow_quiet
 from raycluster.retention import prune
 from raycluster.stages.read import Read
-from raycluster.versions import ARTIFACT, DATE, RELEASE, Unfit, Versions
+from raycluster.versions import ARTIFACT, DATE, RELEASE, Unfit, Versions, artifact_digest
 
 Scored = tuple[Manifest, Manifest | None]
 REQUIRED = ("torch", "pyarrow", "pandas", "numpy")
@@ -75,10 +75,11 @@ def labels(read: Read, report: dict[str, Any]) -> dict[str, str]:
 def pass_gate(day: Day, read: Read, versions: Versions, version: str, written: Manifest) -> dict[str, Any]:
     """Check that a version is whole and call it challenger, then decide whether it takes over, and let it.
 
-    What was decided of it before stays decided.
+    What was decided of it before stays decided, unless another version has become champion before this one could.
     """
-    decision = versions.get(version).decision
-    if decision is None or "skipped" in decision:
+    known = versions.get(version)
+    decision = known.decision
+    if not stands(versions, known):
         decision = {"version": version} | _judge(day, read, versions, version, written)
     act(versions, version, decision)
     for line in lines(versions.name, decision):
@@ -168,7 +169,7 @@ def register(day: Day, versions: Versions, written: Manifest, about: dict[str, s
                 )
 
     info = versions.server.patiently(log_model)
-    tags = {RELEASE: release_, ARTIFACT: fingerprint(checksums(folder)), DATE: str(day.date)}
+    tags = {RELEASE: release_, ARTIFACT: artifact_digest(folder), DATE: str(day.date)}
     return versions.create(info.model_uri, run_id, info.model_id, about | tags)
 
 

@@ -16,20 +16,27 @@ class Turns:
 
     def __init__(self) -> None:
         self.held: dict[str, str] = {}
+        self.over: set[str] = set()
         self.freed = asyncio.Condition()
         self.said: list[tuple[str, str]] = []
 
     async def take(self, output: str, trial: str) -> None:
-        """Returns when nobody else makes the output; from then on this trial does."""
+        """Returns when nobody else makes the output; from then on this trial does, unless it is over."""
         async with self.freed:
-            await self.freed.wait_for(lambda: self.held.get(output, trial) == trial)
-            self.held[output] = trial
+            await self.freed.wait_for(lambda: trial in self.over or self.held.get(output, trial) == trial)
+            if trial not in self.over:
+                self.held[output] = trial
 
     async def give_back(self, trial: str, output: str = "") -> None:
-        """Lets others make the output; without one, all that this trial, which has ended, held."""
+        """Lets others make the output; without one, all that this trial, whose process has died, held."""
         async with self.freed:
             self.held = {o: t for o, t in self.held.items() if t != trial or output not in ("", o)}
             self.freed.notify_all()
+
+    async def end(self, trial: str) -> None:
+        """A trial is over: it gives back all, and what its process, if that died, still waits for is not for it."""
+        self.over.add(trial)
+        await self.give_back(trial)
 
     async def say(self, trial: str, line: str) -> None:
         """Keep a line for the driver."""

@@ -184,15 +184,16 @@ class Tracker:
 
         They stay in `journal.folder`, or in the state, for its next tracker to deliver.
         """
-        waiting = self.journal.close(seconds)
+        return self.journal.close(seconds, self._hand_over)
+
+    def _hand_over(self, left: list[Path]) -> None:
         if self.handover:
             try:
-                (self.handover.leave if waiting else self.handover.done)()
+                self.handover.settle(left)
             except OSError as error:  # no reason for a job to fail that has done its work
                 log.warning(
                     "%s cannot be written: %s; records wait in %s", self.handover.remote, error, self.journal.folder
                 )
-        return waiting
 
 
 def _labels(tags: Mapping) -> dict[str, str]:

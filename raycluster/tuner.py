@@ -236,7 +236,7 @@ class Watch(tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
         """A trial's process died, and is started again."""
         ours = self.trials[trial.config["trial"]]
-        self.let_go(ours)
+        ray.get(self.work.turns.give_back.remote(ours.name))
         say(f"{ours.name:10} died, and is tried again: {reason(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
@@ -253,12 +253,8 @@ class Watch(tune.Callback):
             self.follower.started(trial)
         trial.seconds = time.monotonic() - self.began[trial.name]
         trial.end(status, keeps_best=self.work.options[trial.name].ctr.patience > 0)
-        self.let_go(trial)
+        ray.get(self.work.turns.end.remote(trial.name))
         self.follower.ended(trial)
-
-    def let_go(self, trial: Trial) -> None:
-        """Others may make what the trial was making."""
-        ray.get(self.work.turns.give_back.remote(trial.name))
 
 
 def reason(trial: Any) -> str:

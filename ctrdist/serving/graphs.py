@@ -21,6 +21,12 @@ EXPORTED, COMPILED, BUILT_FOR = "{}.pt2", "{}.compiled.pt2", "compiled.json"
 """File names; `{}` is the graph's."""
 
 
+def is_compiled(path: str | Path) -> bool:
+    """Whether a file is of a compiled graph: made from the exported one, of other bytes each time, and no part of what
+    scores depend on."""
+    return Path(path).name == BUILT_FOR or Path(path).match(COMPILED.format("*"))
+
+
 def machine() -> dict[str, Any]:
     """What a compiled graph depends on: PyTorch's version, the platform, and what instructions the processor has."""
     flags: list[str] = []

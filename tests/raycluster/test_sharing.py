@@ -48,6 +48,21 @@ def test_a_trial_that_died_holds_nothing():
     asyncio.run(trials())
 
 
+def test_a_trial_that_died_while_it_waited_gets_nothing_once_it_is_given_up():
+    async def trials() -> None:
+        turns = Turns()
+        await turns.take("x", "a")
+        ghost = asyncio.ensure_future(turns.take("x", "b"))  # a call of a process that has died is not cancelled
+        await asyncio.sleep(0.01)
+        await turns.end("b")
+        await turns.end("a")
+        await asyncio.wait_for(ghost, 5)
+        await asyncio.wait_for(turns.take("x", "c"), 5)
+        assert turns.held == {"x": "c"}
+
+    asyncio.run(trials())
+
+
 def test_trials_that_want_a_stage_at_once_make_it_once_and_others_side_by_side(tmp_path: Path):
     """Four trials, two of each set of values, all at the same stage at the same time."""
     state, made, together = State(tmp_path), [], threading.Barrier(2, timeout=10)

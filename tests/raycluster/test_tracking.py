@@ -138,7 +138,8 @@ def test_tail_reads_a_file_that_began_again(tracker, tmp_path):
     append(path, {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4})
     seen = []
     tail = MetricsTail(tracker, run, path, every=0.02, on_record=seen.append)
-    while len(seen) < 2:
+    deadline = time.monotonic() + 60
+    while len(seen) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     path.write_text('{"step": 2, "auc": 0.7}\n')
     tail.close()
@@ -204,6 +205,7 @@ def test_what_waits_for_a_state_on_object_storage_is_taken_up_on_another_machine
         first.log_metrics(run, {"auc": 0.7})
         first.log_artifacts(run, tmp_path / "page")
     assert first.close(0.1) == 5
+    assert not [path for path in (tmp_path / "one").rglob("*") if path.is_file()], "no later job here has it again"
 
     monkeypatch.setenv("HOME", str(tmp_path / "two"))
     for _ in range(2):  # the second finds nothing to do
@@ -215,6 +217,28 @@ def test_what_waits_for_a_state_on_object_storage_is_taken_up_on_another_machine
         files, root = filesystem(f"{s3}/state/tracking")
         left = files.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=True))
         assert not [info for info in left if info.is_file]
+
+
+def test_only_what_is_left_is_handed_over(s3, tmp_path, monkeypatch):
+    """Two jobs on one machine while the server is down; then a third that delivers neither but its own."""
+    monkeypatch.setattr(mlflow_server, "FIRST_CONTACT", 2.0)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files, root = filesystem(f"{s3}/state/tracking")
+
+    def waiting() -> set[str]:
+        found = files.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=True))
+        return {info.base_name for info in found if info.is_file}
+
+    first, second = (Tracker.open("http://127.0.0.1:9", f"{s3}/state", "daily") for _ in range(2))
+    for tracker in (first, second):
+        tracker.start_run("day")
+    assert first.close(0.1) == 1 and waiting() == {first.journal.path.name}, "the other one is under way"
+    assert second.journal.path.exists()
+    third = Tracker.open("http://127.0.0.1:9", f"{s3}/state", "daily")
+    third.start_run("day")
+    assert third.close(0.1) == 2 and waiting() == {first.journal.path.name, third.journal.path.name}
+    second.close(0.1)
+    assert len(waiting()) == 3 and not list(second.journal.folder.glob("*.jsonl"))
 
 
 def test_a_deleted_experiment_is_a_user_error(tracker, state):
@@ -240,13 +264,18 @@ def test_opening_is_silent_and_import_is_lazy(tmp_path):
     assert logging.root.manager.disable == 0
 
 
-def test_object_storage_that_is_away_at_the_end_is_a_warning(tmp_path, caplog):
+@pytest.mark.parametrize("uri", ["sqlite:///{}/mlflow.db", "http://127.0.0.1:9"])
+def test_object_storage_that_is_away_at_the_end_is_a_warning(uri, tmp_path, caplog, monkeypatch):
     class Away:
         remote = "s3://bucket/state/tracking"
 
-        def done(self) -> None:
+        def settle(self, left) -> None:
             raise OSError("no answer")
 
-    tracker = Tracker.open(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, "daily")
+    monkeypatch.setattr(mlflow_server, "FIRST_CONTACT", 2.0)
+    tracker = Tracker.open(uri.format(tmp_path), tmp_path, "daily")
     tracker.handover = Away()
-    assert tracker.close() == 0 and "s3://bucket/state/tracking cannot be written: no answer" in caplog.text
+    tracker.start_run("day")
+    left = tracker.close(30.0 if "sqlite" in uri else 0.1)
+    assert left == len(list(tracker.journal.folder.glob("*.jsonl"))) == ("http" in uri)
+    assert "s3://bucket/state/tracking cannot be written: no answer" in caplog.text
