@@ -1,7 +1,8 @@
 """A Parquet file of raw ids scored into another one, whole or not at all; what is done is known by its footer."""
 
 import hashlib
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,10 +69,14 @@ def score_file(job: Job, model: ServedModel, keep: tuple[str, ...] = ()) -> Scor
         keep: columns that the scored file has besides the ids and the probability.
 
     Raises:
-        UserError: the file is no Parquet file, or lacks a column or has one of another type than the log.
+        UserError: the file is not there, is no Parquet file or a damaged one, or lacks a column or has one of another
+            type than the log.
+        OSError: the scored file cannot be written.
     """
-    filesystem_, path = filesystem(job.source)
-    with filesystem_.open_input_file(path) as stream:
+    with _told_of(job.source):
+        filesystem_, path = filesystem(job.source)
+        stream = filesystem_.open_input_file(path)
+    with stream:
         mark = fingerprint(model.identity, hashlib.file_digest(stream, "sha256").hexdigest(), keep)
         if (done := _done(job.target, mark)) is not None:
             return done
@@ -85,8 +90,7 @@ def score_file(job: Job, model: ServedModel, keep: tuple[str, ...] = ()) -> Scor
         bad, first, rows = [], 0, 0
         with write_whole(job.target) as local:
             with closing(pq.ParquetWriter(local, pa.schema([*fields, (PROBABILITY, pa.float32())]))) as writer:
-                for batch in file.iter_batches(READ, columns=given):
-                    table = pa.Table.from_batches([batch])
+                for table in _batches(file, given, job.source):
                     reasons = _reasons(table)
                     good, at = table.filter(pc.is_null(reasons)), np.flatnonzero(pc.is_valid(reasons).to_numpy(False))
                     if len(at):
@@ -100,12 +104,30 @@ def score_file(job: Job, model: ServedModel, keep: tuple[str, ...] = ()) -> Scor
     return Scored(rows, first - rows, before=False)
 
 
+def _batches(file: pq.ParquetFile, columns: list[str], path: str) -> Iterator[pa.Table]:
+    batches = file.iter_batches(READ, columns=columns)
+    while True:
+        with _told_of(path):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield pa.Table.from_batches([batch])
+
+
 def _predict(model: ServedModel, rows: pa.Table, path: str) -> np.ndarray:
-    try:
+    with _told_of(path):
         parts = [model.predict(rows.slice(start, SCORED)) for start in range(0, rows.num_rows, SCORED)]
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
+@contextmanager
+def _told_of(path: str) -> Iterator[None]:
+    """What is wrong with a file is a UserError that names it: its pages are damaged, or a column is of another type."""
+    try:
+        yield
+    except (UserError, OSError, pa.ArrowException) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: {said[0]}") from error
 
 
 def open_parquet(stream: pa.NativeFile, path: str) -> pq.ParquetFile:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyarrow import fs
 from rich.console import Console
 from rich.table import Table
 
@@ -89,8 +90,9 @@ def find_jobs(options: ScoreOptions, source: ModelSource) -> list[Job]:
     files, root, paths = list_parquet(cluster.absolute(options.input))
     if not paths:
         raise UserError(f"--input {options.input}: no Parquet files there; give a folder, or a pattern in quotes")
-    inside = Path(filesystem(output)[1])
-    if "://" not in options.output + options.input and (inside == Path(root) or Path(root) in inside.parents):
+    target, inside = filesystem(output)
+    deep = _is_read_whole(options.input, files) and Path(inside).is_relative_to(root)
+    if target.equals(files) and (deep or inside == root):
         raise UserError(f"--output {options.output}: within --input, whose files a next run would take it for; move it")
     wanted = needed(ServedModel(source.local()), options.keep)
 
@@ -106,6 +108,11 @@ def find_jobs(options: ScoreOptions, source: ModelSource) -> list[Job]:
         source_ = f"{folder}/{name}" if "://" in options.input else path
         made.append(Job(source_, f"{output}/{name}", f"{output}/{QUARANTINE}/{name}"))
     return made
+
+
+def _is_read_whole(where: str, files: fs.FileSystem) -> bool:
+    """Whether a next run finds what lies deep in the folder that `--input` names."""
+    return "**" in where or files.get_file_info(filesystem(cluster.absolute(where))[1]).type == fs.FileType.Directory
 
 
 def show(options: ScoreOptions, source: ModelSource, found: list[Scored], seconds: float) -> None:

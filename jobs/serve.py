@@ -5,6 +5,7 @@ python jobs/serve.py --model models:/elec@champion --tracking-uri http://mlflow:
 curl localhost:8000 -d '{"user": {"user_id": "u1"}, "context": {}, "history": [], "candidates": ["i1", "i2"]}'
 """
 
+import threading
 from dataclasses import dataclass
 
 from ctrdist.errors import UserError
@@ -70,9 +71,12 @@ def run(options: ServeOptions) -> None:
             raise
     cluster.connect()
     batching = (options.poll_seconds, options.batch_requests, options.batch_wait_ms)
-    serve.start(model, source.tracking_uri, options.host, options.port, options.replicas, options.threads, *batching)
-    print(f"{options.model} (version {source.version}) at http://{options.host}:{options.port}/", flush=True)
-    serve.wait()
+    with serve.alone():
+        serve.start(
+            model, source.tracking_uri, options.host, options.port, options.replicas, options.threads, *batching
+        )
+        print(f"{options.model} (version {source.version}) at http://{options.host}:{options.port}/", flush=True)
+        threading.Event().wait()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -275,10 +276,36 @@ def start(
     serve.run(bound, name="ctr", route_prefix="/")
 
 
-def wait() -> None:
-    """Returns at Ctrl-C or SIGTERM, with Ray Serve shut down."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    stop.wait()
-    serve.shutdown()
+class _Stopped(BaseException):
+    """A signal came."""
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Ray Serve on the connected cluster for a block, which Ctrl-C and SIGTERM end without an error. It is shut down then,
+    whatever ends the block.
+
+    Raises:
+        UserError: the cluster serves something already: Ray Serve has one address, and `/` one application.
+    """
+    if served := sorted(serve.status().applications):
+        raise UserError(
+            f"this Ray cluster serves already ({', '.join(served)}): stop that first (its job, or `serve shutdown`), "
+            "or serve from another cluster"
+        )
+    serve.shutdown()  # what served nothing may have another address
+
+    def stop(*_: Any) -> None:
+        raise _Stopped
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except _Stopped:
+        pass
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)  # a second one would leave replicas behind
+        serve.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -81,6 +81,14 @@ def test_what_is_wrong_with_a_file_is_said(job: Job, tmp_path: Path):
     assert needed(Model(), ("query", "hour")) == ["user_id", "hour", "item_id", "query"]
     with pytest.raises(UserError, match="in.parquet: no column 'quary'; did you mean 'query'"):
         score_file(job, Model(), ("quary",))
+    damaged = bytearray(Path(job.source).read_bytes())
+    damaged[4 : len(damaged) // 4] = b"?" * (len(damaged) // 4 - 4)
+    Path(job.source).write_bytes(damaged)
+    with pytest.raises(UserError, match="in.parquet: "):
+        score_file(job, Model())
+    Path(job.source).unlink()
+    with pytest.raises(UserError, match="in.parquet: .*No such file"):
+        score_file(job, Model())
     Path(job.source).write_text("no Parquet")
     with pytest.raises(UserError, match="in.parquet: not a readable Parquet file"):
         score_file(job, Model())

@@ -82,6 +82,15 @@ def test_what_makes_no_sense_is_refused_by_name(text, message):
         parse(text)
 
 
+def test_values_of_a_choice_are_those_that_the_options_have():
+    """YAML takes 1e-3 for a word; the options' own value is then drawn once, not twice."""
+    space = parse("part.rate=choice(5e-1,1e-2)")
+    assert space[0].arguments == (0.5, 0.01)
+    assert draw(space, 9, 0, {"part.rate": 0.5}) == [{"part.rate": 0.5}, {"part.rate": 0.01}]
+    with pytest.raises(UserError, match="two of its values are one"):
+        parse("part.rate=choice(1e-3,0.001)")
+
+
 def test_a_field_has_one_space():
     with pytest.raises(UserError, match="part.rate has a space already"):
         parse("tau", "part.rate=uniform(1,2)")

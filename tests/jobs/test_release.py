@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from ctrdist import served
 from ctrdist.backbones import BackboneConfigs, dnn
 from ctrdist.errors import UserError
 from ctrdist.gate import GateConfig
+from ctrdist.serving import graphs
 from ctrdist.serving.model import ServedModel
 from ctrdist.storage import State
 from ctrdist.tasks.click import ClickConfig
@@ -109,6 +112,13 @@ def test_versions_over_days(registered_here, options, versions, capsys, monkeypa
     def all_but_the_last(self, number: str, key: str, value: str) -> None:
         return tag(self, number, key, value if key != SERVED_SINCE else 1 / 0)
 
+    def compile_graph(_program, folder: Path, name: str) -> None:
+        """Bytes that are others each time, as a compiler's are."""
+        (folder / f"{name}.compiled.pt2").write_bytes(os.urandom(8))
+        (folder / "compiled.json").write_text(json.dumps(graphs.machine() | {"torch": "another"}))
+
+    monkeypatch.setattr(served, "compiler", lambda: "a compiler")
+    monkeypatch.setattr(served, "compile_graph", compile_graph)
     for step, champion in (("challenge", "1"), ("promote", "1"), ("_tag", "3")):
         with monkeypatch.context() as patch:
             patch.setattr(Versions, step, all_but_the_last if step == "_tag" else lambda *_: 1 / 0)

@@ -14,6 +14,7 @@ from ctrdist.errors import UserError
 from ctrdist.serving.model import ServedModel
 from jobs import score as JOB
 from raycluster import cli
+from raycluster.model_source import ModelSource
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ["user_id", "item_id", "hour", "tags", "history"]
@@ -88,8 +89,14 @@ def test_what_is_wrong_is_said_before_anything_is_scored(options, changed, said)
 
 
 def test_scored_files_are_not_taken_for_requests(options):
-    with pytest.raises(UserError, match="--output .*: within --input"):
-        JOB.run(replace(options, output=f"{options.input}/scores"))
+    read, one, shallow = options.input, f"{options.input}/0.parquet", f"{options.input}/*.parquet"
+    for where, output in ((read, f"{read}/a"), (read, f"file://{read}/a"), (f"{read}/**", f"{read}/a"), (one, read)):
+        with pytest.raises(UserError, match="--output .*: within --input"):
+            JOB.run(replace(options, input=where, output=output))
+    source = ModelSource(options.model)
+    for where in (one, shallow):
+        found = JOB.find_jobs(replace(options, input=where, output=f"{read}/a"), source)
+        assert [job.target for job in found] == [f"{read}/a/{name}.parquet" for name in (0, 1)[: len(found)]]
 
 
 def test_help_lists_every_option():

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from sqlalchemy import exc
@@ -118,6 +119,26 @@ def test_what_a_database_cannot_hold_is_refused_for_good_and_a_lost_connection_i
     assert not refused(MlflowException(str(exc.TimeoutError("no connection")), error_code=BAD_REQUEST))
 
 
+@pytest.mark.parametrize(("status", "final"), [(413, True), (404, True), (401, False), (403, False), (502, False)])
+def test_what_a_proxy_never_lets_through_is_refused_for_good(status, final):
+    answer = requests.Response()
+    answer.status_code = status
+    assert refused(requests.HTTPError("too large", response=answer)) == final
+
+
+def test_a_record_of_a_deleted_experiment_is_left_out_and_holds_up_no_other(tmp_path, database, caplog):
+    """Left by a job that ended while the server was down; the experiment is deleted before the next one."""
+    shutil.copy(database, tmp_path / "mlflow.db")
+    server = Server.of(None, tmp_path)
+    server.client.delete_experiment(server.experiment("gone"))
+    left, about = journal.Journal(tmp_path / "tracking", lambda records: 1 / 0), {"run": "r", "time": 1}
+    left.append(about | {"kind": "open", "experiment": "gone", "name": "day", "parent": None, "tags": {}})
+    left.append(about | {"kind": "end", "status": "FINISHED"})
+    assert left.close(0.0) == 2
+    tracker = Tracker.open(None, tmp_path, "daily")
+    assert tracker.id_of(tracker.start_run("day")) and "MLflow refuses" in caplog.text and tracker.close() == 0
+
+
 def test_an_experiment_that_another_job_makes_meanwhile_is_taken(tmp_path, database, monkeypatch):
     shutil.copy(database, tmp_path / "mlflow.db")
     server = Server.of(None, tmp_path)
@@ -128,8 +149,6 @@ def test_an_experiment_that_another_job_makes_meanwhile_is_taken(tmp_path, datab
 
 
 def test_patience_ends_in_an_error_that_says_what_to_do(monkeypatch):
-    import requests
-
     monkeypatch.setattr(mlflow_server, "PATIENCE", 0.0)
     calls = []
 

@@ -1,6 +1,7 @@
 """Serving by Ray Serve: what a request becomes, and a champion that changes under load without a request dropped."""
 
 import json
+import os
 import tempfile
 import threading
 import time
@@ -291,6 +292,24 @@ def test_files_that_are_not_those_registered_do_not_stay(registry, tmp_path, mon
         source.local()
     registry.delete_model_version_tag("cela", "1", "artifact")
     assert json.loads((source.local() / "serving.json").read_text()) == {"value": 0.25}
+
+
+def test_files_that_have_gone_since_are_fetched_anew(registry, tmp_path, monkeypatch):
+    """Systems clear folders for temporary files of what nobody has read for days."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = find_model("models:/cela/1", registry.tracking_uri, "")
+    for damage in (Path.unlink, lambda file: file.write_text("{}")):
+        damage(source.local() / "serving.json")
+        assert json.loads((source.local() / "serving.json").read_text()) == {"value": 0.25}
+
+
+def test_a_folder_of_another_user_is_not_used(registry, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = find_model("models:/cela/1", registry.tracking_uri, "")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"ctrdist-models-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    with pytest.raises(UserError, match="is somebody else's"):
+        source.local()
 
 
 def test_what_is_not_there_is_said(registry, tmp_path):
