@@ -282,8 +282,8 @@ class _Stopped(BaseException):
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Ray Serve on the connected cluster for a block, which Ctrl-C and SIGTERM end without an error. It is shut down then,
-    whatever ends the block.
+    """Ray Serve on the connected cluster for a block, which Ctrl-C and SIGTERM end without an error. Whatever ends it,
+    Ray Serve is shut down then.
 
     Raises:
         UserError: the cluster serves something already: Ray Serve has one address, and `/` one application.
