@@ -34,7 +34,8 @@ class SweepOptions:
     Args:
         name: of its folder in the state and of its run in MLflow; METHOD-DATE if not given.
         trials: sets of values, the first of which is the options' own.
-        finalists: how many of the best are trained again with other seeds; 0 takes the best of the search as it is.
+        finalists: how many of the best are trained again with other seeds, and the options' own values with them, to
+            compare with; 0 takes the best of the search as it is.
         seeds: other seeds that each finalist is trained with.
         at_once: trials at a time; 0 takes as many as the cluster has room for.
         grace: epochs that every trial is trained for.
@@ -187,10 +188,12 @@ class Sweep:
             raise UserError(f"no trial of {self.name} came to a validation AUC: {'; '.join(reasons)}")
 
     def repeat(self) -> None:
-        """Train the best again with other seeds, each to its end."""
-        finalists = [standing.trial for standing in rank(self.trials)[: self.options.finalists]]
+        """Train the best, and the options' own values, again with other seeds, each to its end."""
+        ranked = [standing.trial for standing in rank(self.trials)]
+        finalists = ranked[: self.options.finalists]
         if not finalists:
             return
+        finalists += [trial for trial in ranked[self.options.finalists :] if trial.number == 0]
         numbers = ", ".join(str(trial.number) for trial in finalists)
         say(f"sweep      finalists {numbers}: trained with {self.options.seeds} other seeds each")
         again = self.resumed(

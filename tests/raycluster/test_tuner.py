@@ -139,7 +139,12 @@ def test_a_killed_sweep_goes_on_and_stages_are_made_once(swept, options):
 
 def test_asha_stops_what_is_worse_and_knows_of_the_trials_before(swept, options):
     assert journal(options) == {0.5: "done", 0.6: "done", 0.4: "stopped", 0.1: "failed"}
-    assert "finalists 0" not in swept and made(Path(options.state)).count("served-0.6-1") == 1
+    counts = made(Path(options.state))
+    assert "other seeds each" in swept and counts.count("served-0.6-1") == 1 and "served-0.4-1" not in counts
+
+
+def test_the_options_own_values_are_compared_over_the_same_seeds(swept, options):
+    assert made(Path(options.state)).count("served-0.5-1") == 1 and ", 0: trained with 1 other seeds" in swept
 
 
 def test_a_trial_that_dies_is_tried_again_and_then_marked(swept, options):
@@ -154,7 +159,7 @@ def test_every_trial_is_a_child_run_with_its_epochs(swept, options):
     parent = found["sweep s"]
     assert parent.info.status == "FINISHED" and parent.data.metrics["best.valid_auc"] == pytest.approx(0.631)
     children = [run for run in found.values() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(children) == 4 + 1 and len(found) == 6
+    assert len(children) == 4 + 2 and len(found) == 7
     history = client(options).get_metric_history(found["trial 0"].info.run_id, "valid_auc")
     assert {point.step: point.value for point in history} == pytest.approx({1: 0.51, 2: 0.52, 3: 0.53})
     assert found["trial 0"].data.metrics["auc"] == pytest.approx(0.53)
