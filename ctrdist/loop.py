@@ -357,7 +357,7 @@ def prefetch(batches: Iterator[Any], depth: int = 2) -> Iterator[Any]:
         except BaseException as error:
             put(("error", error))
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work, name="prefetch", daemon=True).start()
     try:
         while True:
             kind, value = ready.get()

@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -17,6 +18,14 @@ import pytest
 import torch
 
 from tests.servers import postgres, processes, s3  # noqa: F401  fixtures for all tests
+
+# What the user's shell says of servers, clusters and proxies is not for tests.
+for name in list(os.environ):
+    told = name.startswith(("MLFLOW_", "RAY_", "AWS_")) or name.lower().endswith("_proxy")
+    if told or name in ("FORCE_COLOR", "COLUMNS"):
+        del os.environ[name]
+# Ray ends processes when the machine, whoever uses it, is short of memory; no test is about that.
+os.environ["RAY_memory_monitor_refresh_ms"] = "0"
 
 torch.set_num_threads(1)
 
@@ -184,7 +193,7 @@ def workers(tmp_path: Path) -> Callable[..., list[Any]]:
         started = [_STARTED.Process(target=_worker, args=(*task, rank, size, out)) for rank, out in enumerate(outs)]
         for worker in started:
             worker.start()
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         try:
             for worker in started:
                 worker.join(end - time.monotonic())
@@ -206,20 +215,30 @@ def two_workers(workers: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One small Ray of two CPUs, started once for all tests that need it."""
     import ray
 
     from raycluster import cluster
 
-    ray.init(
-        num_cpus=2,
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        object_store_memory=500_000_000,
-    )
+    with (tmp_path_factory.getbasetemp().parent / "ray.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # Ray gives itself 30 seconds, which two at once on slow cores may not make
+        for tries_left in (2, 1, 0):
+            try:
+                ray.init(
+                    num_cpus=2,
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    object_store_memory=500_000_000,
+                    _memory=4 * 2**30,  # as Ray counts it: not what this machine happens to have free
+                )
+                break
+            except Exception:  # Ray's is a bare one
+                ray.shutdown()
+                if not tries_left:
+                    raise
     cluster.connect()
     yield
     ray.shutdown()

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -31,7 +32,7 @@ def processes() -> Iterator[Callable[..., subprocess.Popen]]:
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **options
         )
         started.append(process)
-        end = time.monotonic() + 90
+        end = time.monotonic() + 600
         while not ready():
             assert process.poll() is None and time.monotonic() < end, command
             time.sleep(0.1)
@@ -49,9 +50,12 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    """A free port of those that no system gives to who asks for any one, as Ray's processes do all the time."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as taken:
+            taken.bind(("127.0.0.1", port))
+            return port
 
 
 def serve(processes, port: int, backend: str, folder: Path) -> subprocess.Popen:
@@ -59,7 +63,7 @@ def serve(processes, port: int, backend: str, folder: Path) -> subprocess.Popen:
 
     def ready() -> bool:
         try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).status == 200
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).status == 200
         except (urllib.error.URLError, OSError):
             return False
 
@@ -82,7 +86,7 @@ def postgres(processes) -> Iterator[tuple[str, Callable[[], subprocess.Popen]]]:
         shutil.chown(folder, user)
         who = {"user": user}
     subprocess.run(
-        ["initdb", "-D", folder / "data", "-U", "ctr", "-A", "trust", "--no-sync"],
+        ["initdb", "-D", folder / "data", "-U", "ctr", "-A", "trust", "--no-sync", "--locale=C", "-E", "UTF8"],
         check=True, capture_output=True, cwd=folder, **who,
     )  # fmt: skip
 

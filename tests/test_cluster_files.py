@@ -51,7 +51,7 @@ def recorded(tmp_path):
             file.write_text(f'#!/bin/bash\nprintf "%s\\0" {name} "$@" >>{log}; echo >>{log}\n{answers}\n')
             file.chmod(0o755)
         env = {"PATH": f"{stand_ins}:/usr/bin:/bin", "HOME": str(tmp_path)}
-        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, cwd=ROOT, timeout=300)
         assert done.returncode == 0, done.stderr
         return [line.strip("\0").split("\0") for line in log.read_text().split("\0\n") if line]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def click_model(
     return ClickModel(SCHEMA, SIZES, config, text, FuseConfig(dropout=dropout, scale=1.0, whiten=True), seed=seed)
 
 
-LOOP = LoopConfig(STEPS, epochs=2, schedule="linear", warmup=0.2, clip_norm=0.5, precision="float64")
+LOOP = LoopConfig(STEPS, epochs=2, schedule="linear", warmup=0.2, clip_norm=0.5, precision="float64", log_seconds=1e9)
 
 
 def whole_weights(task: ClickModel) -> dict[str, Tensor]:
@@ -456,31 +457,42 @@ def test_a_record_is_the_mean_since_the_last_one():
     assert [(r["step"], r["loss"]) for r in records] == [(3, 3.0), (6, 3.0)] and progress.losses == [[3, 3.0], [6, 3.0]]
 
 
-def test_a_slow_source_shows_as_waiting():
+class Clock:
+    """The loop's time, which only what a test says lets pass; batches are made where they are taken."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("ctrdist.loop.time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr("ctrdist.loop.prefetch", lambda batches: batches)
+
+
+def test_a_slow_source_shows_as_waiting_but_for_its_start(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    class Slow(Line):
+        def forward(self, batch: Tensor) -> dict[str, Tensor]:
+            clock.now += 0.01
+            return super().forward(batch)
+
     def slow(first: int) -> Iterator[Tensor]:
-        for batch in steps_from(first):
-            time.sleep(0.03)
+        clock.now += 0.5
+        for number, batch in enumerate(steps_from(first)):
+            clock.now += 0.03 if number else 0
             yield batch
 
     records: list[dict[str, float]] = []
-    progress = fit(Line(), slow, LoopConfig(8, log_seconds=1e9), record=records.append)
-    assert records[0]["data_wait"] > 0.5 and 0 < records[0]["rows_per_second"] <= 8 / 0.03 * 1.2
-    assert 0.15 < progress.waited < progress.seconds
-
-
-def test_the_start_of_a_stream_is_no_waiting():
-    def late(first: int) -> Iterator[Tensor]:
-        time.sleep(0.5)
-        yield from steps_from(first)
-
-    progress = fit(Line(), late, LoopConfig(8, log_seconds=1e9))
-    assert progress.waited < 0.25
+    progress = fit(Slow(), slow, LoopConfig(8, log_seconds=1e9), record=records.append)
+    waited, seconds = 7 * 0.03, 7 * 0.03 + 8 * 0.01
+    assert progress.waited == pytest.approx(waited) and progress.seconds == pytest.approx(seconds)
+    assert records[0]["data_wait"] == pytest.approx(waited / seconds)
+    rows = sum(len(batch) for batch in islice(steps_from(0), 8))
+    assert records[0]["rows_per_second"] == pytest.approx(rows / seconds)
 
 
 def threads_end(before: set[threading.Thread]) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if not set(threading.enumerate()) - before:
+        if not any(thread.name == "prefetch" for thread in set(threading.enumerate()) - before):
             return True
         time.sleep(0.02)
     return False
@@ -496,6 +508,9 @@ def test_prefetch_keeps_the_order_and_stays_a_few_ahead():
 
     before, batches = set(threading.enumerate()), prefetch(source(), depth=3)
     assert [next(batches), next(batches)] == [0, 1]
+    deadline = time.monotonic() + 60
+    while len(made) < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
     time.sleep(0.2)
     assert made == list(range(6))  # two taken, three ready, one in hand
     assert list(batches) == list(range(2, 50)) and threads_end(before)

@@ -16,7 +16,7 @@ PUBLIC = ("--source", "--item-text", "--out", "--protocol", "--positive-threshol
 
 def prepare(*arguments):
     command = [sys.executable, str(REPOSITORY / "jobs" / "prepare.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=REPOSITORY)
 
 
 @pytest.mark.parametrize(

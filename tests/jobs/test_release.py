@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -234,7 +235,7 @@ def test_a_download_that_is_lost_on_the_way_is_tried_again(versions, monkeypatch
             raise mlflow.MlflowException("could not read https://user:secret@host/items.npy: connection reset")
         return real(**asked)
 
-    monkeypatch.setattr("raycluster.versions.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("raycluster.versions.time", SimpleNamespace(sleep=lambda _seconds: None))
     monkeypatch.setattr(mlflow.artifacts, "download_artifacts", lossy)
     versions.require_whole("3")
     assert len(tries) == 3 and caplog.text.count("connection reset; trying again") == 2

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -36,9 +35,7 @@ def test_a_release_is_served_until_a_signal_comes(ray_cluster, small_artifact, m
     port = free_port()
     job = start("--model", str(small_artifact), "--port", str(port))
     try:
-        for line in job.stdout:
-            if "http://" in line:
-                break
+        line = next((line for line in job.stdout if "http://" in line), "")
         assert line == f"{small_artifact} (version folder) at http://127.0.0.1:{port}/\n", job.stderr.read()
         asked = {"user": {"user_id": "u1"}, "context": {"hour": 3, "tags": ["a"]}, "candidates": ["i03", "i00"]}
         request = urllib.request.Request(f"http://127.0.0.1:{port}/", json.dumps(asked).encode())
@@ -48,16 +45,16 @@ def test_a_release_is_served_until_a_signal_comes(ray_cluster, small_artifact, m
         assert found["probabilities"] == pytest.approx(ServedModel(small_artifact).predict(rows).tolist(), abs=1e-6)
 
         other = start("--model", str(small_artifact), "--port", str(free_port()))
-        told = other.communicate(timeout=120)
+        told = other.communicate(timeout=600)
         assert other.returncode == 1 and "error: this Ray cluster serves already (ctr): stop that first" in told[1]
         with urllib.request.urlopen(request, timeout=60) as answer:
             assert json.loads(answer.read()) == found, "the first one goes on"
     finally:
         job.send_signal(signal.SIGTERM)
-        job.communicate(timeout=120)
+        job.communicate(timeout=600)
     assert job.returncode == 0
     end = time.monotonic() + 60
-    with pytest.raises(urllib.error.URLError):
+    with pytest.raises(OSError):  # refused, or cut off by a proxy that is about to end
         while time.monotonic() < end:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
 

@@ -1,5 +1,7 @@
 """Waiting for nodes, with a clock and a cluster of our own in place of Ray's."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from raycluster import autoscaler
@@ -38,8 +40,7 @@ def growing(monkeypatch):
         made = Growing(list(nodes))
         monkeypatch.setattr("ray.cluster_resources", made.resources)
         monkeypatch.setattr("ray.autoscaler.sdk.request_resources", made.request)
-        monkeypatch.setattr(autoscaler.time, "monotonic", lambda: made.now)
-        monkeypatch.setattr(autoscaler.time, "sleep", made.sleep)
+        monkeypatch.setattr(autoscaler, "time", SimpleNamespace(monotonic=lambda: made.now, sleep=made.sleep))
         return made
 
     return put

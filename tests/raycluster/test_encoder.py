@@ -247,7 +247,8 @@ def test_fractions_of_logical_gpus(tiny_lm, tmp_path):
     """A GPU that Ray counts but no chip is behind: two actors of half a GPU each."""
     code = f"""
 import ray
-ray.init(num_cpus=2, num_gpus=1, address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+ray.init(num_cpus=2, num_gpus=1, address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False,
+         object_store_memory=100_000_000, _memory=2**31)
 from ctrdist.language.encode import Source
 from ctrdist.storage import State
 from raycluster import cluster
@@ -263,5 +264,5 @@ made = encode_items(state, "table", Source({str(tiny_lm)!r}), "texts", CONFIG, p
 check(state, made, {str(tiny_lm)!r}, texts, ids)
 print("whole")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.stdout.endswith("whole\n"), done.stderr[-3000:]

@@ -76,7 +76,7 @@ def test_half_a_cpu_is_enough_to_read_by(ray_cluster, reader):
     counts = (table.num_rows for table in ingest.blocks(stream.iterator()))
     reading = threading.Thread(target=lambda: rows.append(sum(counts)), daemon=True)
     reading.start()
-    reading.join(60)
+    reading.join(600)
     ray.kill(held)
     assert rows == [1056]
 

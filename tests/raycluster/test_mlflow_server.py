@@ -95,7 +95,7 @@ def test_calls_that_fail_before_or_after_are_made_good(tmp_path, report, databas
     log_a_day(tracker, report, 0, 60)
     log_a_day(tracker, report, 60, 60)
     shutil.rmtree(report)  # the journal has a copy
-    assert tracker.close(60) == 0 and tracker.server.client.failures > 10
+    assert tracker.close(300) == 0 and tracker.server.client.failures > 10
     check_the_day(real, 120)
     assert not list((state / "tracking").iterdir())
 
@@ -176,7 +176,7 @@ def test_a_server_on_sqlite_that_is_down_at_first_and_killed_in_the_middle(
 
     def comes_up() -> None:
         server.append(serve(processes, port, backend, tmp_path))
-        assert tracker.journal.flush(60) == 0
+        assert tracker.journal.flush(300) == 0
 
     log_a_day(tracker, report, 0, 40, between=comes_up)
     log_a_day(tracker, report, 40, 40, between=lambda: kill(server[0]))
@@ -187,7 +187,7 @@ def test_a_server_on_sqlite_that_is_down_at_first_and_killed_in_the_middle(
     serve(processes, port, backend, tmp_path)
     again = Tracker.open(uri, state, "daily")
     log_a_day(again, report, 80, 40)
-    assert again.close(60) == 0
+    assert again.close(300) == 0
     check_the_day(again.client, 120)
 
 
@@ -197,7 +197,7 @@ def test_a_server_whose_postgresql_is_killed_in_the_middle(tmp_path, report, pos
     serve(processes, port, backend, tmp_path)
     tracker = Tracker.open(f"http://127.0.0.1:{port}", tmp_path / "state", "daily")
     log_a_day(tracker, report, 0, 40)
-    assert tracker.journal.flush(60) == 0
+    assert tracker.journal.flush(300) == 0
     tracker.client.search_registered_models()
     log_a_day(tracker, report, 40, 40, between=lambda: kill(database))
     assert tracker.journal.flush(0.5) > 0
@@ -205,5 +205,5 @@ def test_a_server_whose_postgresql_is_killed_in_the_middle(tmp_path, report, pos
         tracker.client.search_registered_models()
     assert tracker.server.away(caught.value), caught.value
     start()
-    assert tracker.close(60) == 0
+    assert tracker.close(300) == 0
     check_the_day(tracker.client, 80)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from ctrdist.serving.model import ServedModel
 from raycluster.registry import pyfunc_parts, serving_code
+from tests.servers import free_port
 
 BLOCK = """
 import sys
@@ -61,9 +61,7 @@ def test_mlflow_serves_the_same_numbers_without_what_trains(model: Path, small_a
     found = mlflow.pyfunc.load_model(str(model)).predict(frame)["probability"]
     np.testing.assert_allclose(found, expected, atol=1e-6)
     (tmp_path / "sitecustomize.py").write_text(BLOCK)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(model), "--env-manager", "local"]
     environment = os.environ | {
         "PYTHONPATH": str(tmp_path),
@@ -87,11 +85,11 @@ def test_mlflow_serves_the_same_numbers_without_what_trains(model: Path, small_a
 
 def ask(url: str, content: bytes, server: subprocess.Popen) -> dict | None:
     """The answer of a server, once it is there; None if it dies or takes too long."""
-    end = time.monotonic() + 90
+    end = time.monotonic() + 600
     while time.monotonic() < end and server.poll() is None:
         request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request) as stream:
+            with urllib.request.urlopen(request, timeout=60) as stream:
                 return json.loads(stream.read())
         except urllib.error.HTTPError as error:
             raise AssertionError(error.read().decode()) from None
