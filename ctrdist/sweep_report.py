@@ -148,5 +148,5 @@ def sensitivity(trials: list[Trial], space: list[Dimension]) -> "Figure":
             order = [shown(value) for value in dimension.arguments]
             figure.update_xaxes(type="category", categoryorder="array", categoryarray=order, row=row, col=column)
         elif dimension.kind == "loguniform":
-            figure.update_xaxes(type="log", row=row, col=column)
+            figure.update_xaxes(type="log", exponentformat="none", row=row, col=column)
     return figure.update_layout(title="Validation AUC by each field", height=120 + 320 * rows)
