@@ -142,7 +142,7 @@ def open_log(data: str, state: State, scratch: Path) -> tuple[LogReader, list]:
             build_catalog(items, ids, schema, encoders).save(folder / "catalog")
         return LogReader(data, state.uri, name)
 
-    scan = ingest.scan(save("blank"), groups, dict.fromkeys(files, "counted"), scratch)
+    scan = ingest.scan(save("blank"), groups, dict.fromkeys(files, "counted"), scratch, cluster.make_plan())
     assert not scan.quarantined
     encoders = grow_encoders(encoders, scan, schema)
     counts = item_counts(scan.items, tuple(files), ids.size)
@@ -180,7 +180,7 @@ def through_ray(
     stream = ingest.stream(reader, plan_epoch(groups, batch * workers * together, None), batch * together, plan=plan)
     shares = InOrder().configure({"train": stream}, workers, None, None)
     calls = [(reader, own["train"], together) for own in shares]
-    counts, first, last = zip(*cluster.in_parallel(consume, calls, cpus=0), strict=True)
+    counts, first, last = zip(*cluster.in_parallel(consume, calls, num_cpus=0), strict=True)
     return sum(counts), min(first) - began, max(last) - began
 
 

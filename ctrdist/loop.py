@@ -42,7 +42,8 @@ class LoopConfig:
         precision: `bfloat16` is autocast; `auto` is that where the chip computes in it, else float32.
         seed: decides every draw; each step draws from (seed, step, rank).
         log_seconds: seconds between two records of the loss.
-        checkpoint_seconds: seconds between two checkpoints within an epoch; there is one after each epoch in any case.
+        checkpoint_seconds: seconds between two checkpoints within an epoch, or twenty times what one takes to write, if
+            that is more; there is one after each epoch in any case.
         threads: threads of this process; 0 leaves PyTorch's choice.
     """
 
@@ -106,7 +107,7 @@ def fit(
         progress, best = load_checkpoint(resume, task, optimizer)
     meter = Meter(progress, config, record if group.rank == 0 else None)
     total = config.steps_per_epoch * config.epochs
-    saved_at = time.monotonic()
+    saved_at, pause = time.monotonic(), 0.0
     batches = prefetch(train(progress.step)) if progress.step < total and not progress.finished else iter(())
     task.train()
     while progress.step < total and not progress.finished:
@@ -129,14 +130,16 @@ def fit(
                 best, score = validate(task, valid, progress, config, group, device, best, batch)
                 meter.validated(score)
             progress.finished = progress.finished or progress.step >= total
-        due = ended or time.monotonic() - saved_at > config.checkpoint_seconds
+        due = ended or time.monotonic() - saved_at > max(config.checkpoint_seconds, pause)
         if checkpoint and together:  # the first worker's clock counts
             due = bool(group.all_reduce(torch.tensor(int(due and group.rank == 0), device=device)))
         if checkpoint and due and (together or group.rank == 0):
             meter.flush()  # which refuses a loss that is not finite, before it is kept
             write = partial(save_checkpoint, task=task, optimizer=optimizer, progress=progress, best=best, group=group)
+            began = time.monotonic()
             checkpoint(write, progress)
             saved_at = time.monotonic()
+            pause = 20 * (saved_at - began) if config.checkpoint_seconds > 0 else 0.0
     if best is not None:
         task.load_state_dict(best)
     for table in tables:

@@ -31,9 +31,9 @@ LM, WEIGHTS, DESCRIPTION = "lm", "prompted.safetensors", "prompted.json"
 
 def rates(ctr: ClickConfig, config: PromptedConfig) -> ClickConfig:
     """A CTR model's options with the learning rates that it has beside a language model. Pre-training hides no id: only
-    words are masked (section 3.3)."""
-    hidden = 0.0 if isinstance(config, PromptPretrainConfig) else ctr.unknown_share
-    return replace(ctr, lr=config.lr or ctr.lr, table_lr=config.table_lr or ctr.table_lr, unknown_share=hidden)
+    words are masked (section 3.3); nor do its rows decay, of which clicks alone train the first-order weights."""
+    ctr = replace(ctr, lr=config.lr or ctr.lr, table_lr=config.table_lr or ctr.table_lr)
+    return replace(ctr, unknown_share=0.0, table_decay=0.0) if isinstance(config, PromptPretrainConfig) else ctr
 
 
 def row_tokenizer(lm: str, config: RowTextConfig, prompts: PromptConfig) -> TextTokenizer:

@@ -4,6 +4,7 @@ An output is written to a folder of its own that nobody has used before; one sma
 makes it exist. Readers see manifests only, so a process may die at any time and leave nothing half-written in sight.
 """
 
+import fcntl
 import glob
 import hashlib
 import itertools
@@ -12,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -226,9 +228,13 @@ class State:
         filesystem_, root = filesystem(self.uri)
         folder = Path(root) / manifest.folder
         if not self.is_local:
-            folder = self.cache / fingerprint(self.uri, manifest.identity)
-            if not folder.exists():
-                self._copy(f"{root}/{manifest.folder}", folder, manifest)
+            folder = self._copy_of(manifest)
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with folder.with_suffix(".lock").open("w") as lock:  # processes of this machine that want it at once
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not folder.exists():
+                    self._copy(f"{root}/{manifest.folder}", folder, manifest)
+            os.utime(folder)
         _check(folder, manifest, self)
         return folder
 
@@ -249,19 +255,24 @@ class State:
             raise UserError(f"{where}: its checksum does not match")
         return content
 
+    def _copy_of(self, manifest: Manifest) -> Path:
+        return self.cache / fingerprint(self.uri, manifest.identity)
+
+    def forget_copies(self, hours: float = 48.0) -> None:
+        """Remove local copies of remote outputs that no process of this machine has asked for in so many hours."""
+        for path in self.cache.glob("*") if not self.is_local else ():
+            with suppress(OSError):  # another process removes it, too
+                if time.time() - path.stat().st_mtime > 3600 * hours:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
     def _copy(self, source: str, folder: Path, manifest: Manifest) -> None:
-        """Copy remote files to local `folder` at once: another process of this machine may be doing the same."""
+        """Copy remote files to local `folder` at once."""
         filesystem_, _ = filesystem(self.uri)
-        self.cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=self.cache))
         try:
             fs.copy_files(source, str(partial), source_filesystem=filesystem_)
             _check(partial, manifest, self)
-            try:
-                partial.rename(folder)
-            except OSError:
-                if not folder.exists():  # else somebody was faster
-                    raise
+            partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -272,6 +283,8 @@ class State:
             filesystem_, root = filesystem(self.uri)
             filesystem_.delete_file(f"{root}/{name}.json")
             filesystem_.delete_dir(f"{root}/{manifest.folder}")
+            if not self.is_local:
+                shutil.rmtree(self._copy_of(manifest), ignore_errors=True)
 
     def scratch(self, file: str) -> str:
         """Path or URI of a file of the state that is no output's: gone, if it was there, and its folder is there."""

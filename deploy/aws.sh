@@ -22,12 +22,16 @@ launch='{"Version": "2012-10-17", "Statement": [
    "Condition": {"StringEquals": {"aws:ResourceTag/ray-cluster-name": "ctrdist"}}},
   {"Effect": "Allow", "Action": "iam:PassRole", "Resource": "arn:aws:iam::'$account':role/ctrdist-worker"}]}'
 
-for role in ctrdist-head ctrdist-worker; do
-  if ! aws iam get-instance-profile --instance-profile-name $role >/dev/null 2>&1; then
+# Spot nodes that are asked for by API need it; an account that ever had some has it.
+aws iam get-role --role-name AWSServiceRoleForEC2Spot >/dev/null 2>&1 ||
+  aws iam create-service-linked-role --aws-service-name spot.amazonaws.com >&2
+for role in ctrdist-head ctrdist-worker; do  # each piece by itself: an earlier try may have been cut off between two
+  aws iam get-role --role-name $role >/dev/null 2>&1 ||
     aws iam create-role --role-name $role --assume-role-policy-document "$trust" >&2
+  aws iam get-instance-profile --instance-profile-name $role >/dev/null 2>&1 ||
     aws iam create-instance-profile --instance-profile-name $role >&2
-    aws iam add-role-to-instance-profile --instance-profile-name $role --role-name $role
-  fi
+  has=$(aws iam get-instance-profile --instance-profile-name $role --query 'InstanceProfile.Roles[0].RoleName' --output text)
+  if [ "$has" != $role ]; then aws iam add-role-to-instance-profile --instance-profile-name $role --role-name $role; fi
   aws iam put-role-policy --role-name $role --policy-name objects --policy-document "$objects"
   aws iam attach-role-policy --role-name $role --policy-arn arn:aws:iam::aws:policy/AmazonSSMManagedInstanceCore
 done
@@ -40,6 +44,10 @@ group=$(find_group)
 if [ "$group" = None ]; then
   aws ec2 create-security-group --group-name ctrdist --description "Nodes of ctrdist, among themselves" >&2
   group=$(find_group)
+fi
+among=$(aws ec2 describe-security-groups --group-ids "$group" --output text \
+  --query "SecurityGroups[0].IpPermissions[].UserIdGroupPairs[?GroupId=='$group'].GroupId")
+if [ -z "$among" ]; then
   aws ec2 authorize-security-group-ingress --group-id "$group" --protocol -1 --source-group "$group" >&2
 fi
 echo "$group"

@@ -81,11 +81,13 @@ class ClickPromptOptions(DayOptions):
         return Prompted(self.ctr, self.lm, self.prompts)
 
     def meaning(self) -> str:
-        """Fingerprint of what pre-training makes, besides the rows: with another one it is done again. When it is due,
-        and how it fits the memory, are not in it."""
+        """Fingerprint of what pre-training makes, besides the rows, and of what warm models with the language model
+        are made of: with another one both begin anew. When it is due, and how it fits the memory, are not in it."""
         pretrain = replace(self.pretrain, every_days=PromptPretrainConfig.every_days, chunk=0)
         parts = (replace(self.lm, gradient_checkpointing=False), self.text, self.prompts, pretrain)
-        return fingerprint(source.identity(self.lm.name), *map(to_dict, parts), self.finetune.prompts)
+        return fingerprint(
+            source.identity(self.lm.name), *map(to_dict, parts), self.finetune.prompts, self.finetune.combine
+        )
 
 
 def run(options: ClickPromptOptions) -> None:

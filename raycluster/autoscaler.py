@@ -7,7 +7,8 @@ from collections import Counter
 def resources_for(wanted: list[dict[str, float]], seconds: float, every: float = 5.0) -> dict[str, float]:
     """The cluster's resources, once it has what is wanted or `seconds` have passed.
 
-    The autoscaler is asked only while this waits: a job that dies leaves no request behind that would keep nodes alive.
+    The autoscaler is asked only while this waits, and at every look: the request is one for the whole cluster, and what
+    Ray Data leaves running there overwrites it every twenty seconds.
 
     Args:
         wanted: pieces, each of which fits on a node, by resource.
@@ -27,9 +28,8 @@ def resources_for(wanted: list[dict[str, float]], seconds: float, every: float =
             missing = {name: number for name, number in missing.items() if number > 0}
             if not missing:
                 return resources
-            if not asked:
-                asked = True
-                request_resources(bundles=wanted)
+            asked = True
+            request_resources(bundles=wanted)
             says = ", ".join(f"{number:g} {name}" for name, number in missing.items())
             if time.monotonic() - began >= seconds:
                 print(f"warning: {says} have not come within {seconds / 60:g} minutes; going on without", flush=True)

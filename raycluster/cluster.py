@@ -63,6 +63,7 @@ class Plan:
         readers: tasks that read the log at once at most.
         reader_bytes: memory that each of them reserves.
         train_on: custom resource that each training process holds one of; "" for none.
+        wait_minutes: for nodes to come back that it has places on.
         cluster: what all nodes together have, by Ray's names (CPU, GPU, memory in bytes), and the number of `nodes`.
     """
 
@@ -75,6 +76,7 @@ class Plan:
     readers: int = 1
     reader_bytes: int = 0
     train_on: str = ""
+    wait_minutes: float = 20.0
     cluster: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
@@ -86,6 +88,21 @@ class Plan:
     def reader_resources(self) -> dict[str, float]:
         """What Ray reserves for each task that reads the log, as its options call it."""
         return {"num_cpus": 0.5} | ({"memory": self.reader_bytes} if self.reader_bytes else {})
+
+    def wait_for_places(self) -> None:
+        """Returns when the cluster has what the training processes reserve: nodes leave while nobody trains.
+
+        Raises:
+            UserError: it has not had that for `wait_minutes`.
+        """
+        places = [self.worker_resources] * self.workers
+        has = resources_for(places, 60 * self.wait_minutes)
+        for name, number in self.worker_resources.items():
+            if has.get(name, 0) < number * self.workers:
+                raise UserError(
+                    f"{self.workers} training workers need {number * self.workers:g} {name}, and the cluster has "
+                    f"{has.get(name, 0):g} by now (`ray status` says why): run the job again, it goes on from here"
+                )
 
     def lines(self) -> tuple[str, str, str]:
         """The plan, for people."""
@@ -193,12 +210,13 @@ def make_plan(
         workers,
         1 if gpus else 0,
         share,
-        config.threads or max(1, cpus // workers),
+        config.threads or max(1, min(cpus // workers, _cpus_a_gpu(config) if gpus else cpus)),
         encoders=encoders or (int(gpus * int(1 / gpu_share)) if gpus else workers),
         encoder_gpus=gpu_share if gpus else 0.0,
         readers=config.readers or fit,
         reader_bytes=reader,
         train_on=config.train_on,
+        wait_minutes=config.wait_minutes,
         cluster=_has(resources, config),
     )
 
@@ -207,6 +225,15 @@ def _training_gpus(resources: dict[str, float], config: PlanConfig) -> int:
     """GPUs of the nodes that train."""
     gpus = resources.get("GPU", 0)
     return int(min(gpus, resources.get(config.train_on, 0)) if config.train_on else gpus)
+
+
+def _cpus_a_gpu(config: PlanConfig) -> int:
+    """CPUs for each GPU of the node that trains and has the fewest."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    training = [n for n in nodes if n.get("GPU") and (not config.train_on or n.get(config.train_on))]
+    return int(min((n.get("CPU", 0) // n["GPU"] for n in training), default=1))
 
 
 def _has(resources: dict[str, float], config: PlanConfig) -> dict[str, float]:
@@ -258,7 +285,7 @@ def plan_trials(
     return replace(
         plan,
         worker_cpus=share,
-        threads=config.threads or max(1, cpus // busy),
+        threads=config.threads or max(1, min(cpus // busy, plan.threads)),
         encoders=encoders or max(1, plan.encoders // at_once),
         readers=config.readers or max(1, plan.readers // at_once),
     ), at_once
@@ -283,14 +310,14 @@ def numbers(count: int) -> Any:
 
 
 def in_parallel(
-    function: Callable[..., Any], calls: list[tuple], cpus: float = 1.0, at_once: int = 64
+    function: Callable[..., Any], calls: list[tuple], at_once: int = 64, **resources: float
 ) -> Iterator[Any]:
     """What `function` returns for each of `calls`, run as Ray tasks, in the order in which they end.
 
     Args:
         calls: arguments of each call.
-        cpus: CPUs that a task reserves.
-        at_once: at most this many are under way or waiting for a place.
+        at_once: at most this many are under way or waiting for a place: `Plan.readers` of tasks that read the log.
+        resources: what a task reserves, as Ray's options call it: `Plan.reader_resources` of these; else a CPU.
 
     Raises:
         UserError: the first that a task raises.
@@ -298,7 +325,7 @@ def in_parallel(
     import ray
 
     # Said outright, or a caller in a placement group (a trial of Ray Tune) would have its tasks wait within it.
-    task = ray.remote(num_cpus=cpus, scheduling_strategy="DEFAULT")(function)
+    task = ray.remote(scheduling_strategy="DEFAULT", **({"num_cpus": 1.0} | resources))(function)
     waiting, running = list(reversed(calls)), []
     while waiting or running:
         while waiting and len(running) < at_once:

@@ -283,6 +283,7 @@ def open_day(options: DayOptions, test: bool = True) -> Day:
     options.gate.check()
     check_model_name(options.model_name)
     data, state = cluster.absolute(options.data), State(cluster.absolute(options.state))
+    state.forget_copies()
     if "://" not in data and not Path(data).is_dir():
         raise UserError(f"--data {data}: no such folder; make it with jobs/prepare.py")
     schema = Schema.load(f"{data}/schema.yaml")

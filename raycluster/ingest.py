@@ -138,16 +138,18 @@ def stream(
     return dataset
 
 
-def scan(reader: LogReader, groups: list[RowGroup], ids: dict[Part, IdsOf], quarantine: Path) -> Scan:
+def scan(reader: LogReader, groups: list[RowGroup], ids: dict[Part, IdsOf], quarantine: Path, plan: Plan) -> Scan:
     """One pass over row groups by Ray tasks (`ctrdist.scan`); the results are added as they come.
 
     Args:
         ids: what to do with the ids of a day, or a split (`scan_row_group`); those of others are ignored.
         quarantine: local folder for bad rows.
+        plan: how many read at once.
     """
 
     def scans() -> Iterator[Scan]:
-        for found, files in in_parallel(_scan, [(reader, part, ids) for part in _pieces(groups)], cpus=0.5):
+        calls = [(reader, part, ids) for part in _pieces(groups)]
+        for found, files in in_parallel(_scan, calls, plan.readers, **plan.reader_resources):
             for name, content in files:
                 quarantine.mkdir(parents=True, exist_ok=True)
                 (quarantine / name).write_bytes(content)
@@ -166,7 +168,7 @@ def _scan(reader: LogReader, part: list[RowGroup], ids: dict[Part, IdsOf]) -> tu
         return found, [(path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir())]
 
 
-def latest_users(reader: LogReader, groups: list[RowGroup]) -> dict[str, Column]:
+def latest_users(reader: LogReader, groups: list[RowGroup], plan: Plan) -> dict[str, Column]:
     """What the log last says of each user in some row groups (`ctrdist.users`); nothing, where ids tell nothing."""
     schema, encoders, _ = reader.open()
     if not user_fields(schema):
@@ -176,7 +178,8 @@ def latest_users(reader: LogReader, groups: list[RowGroup]) -> dict[str, Column]
     for part in _pieces(list(whole)):
         calls.append((reader, part, first))
         first += len(part)
-    return latest_values(in_parallel(_users, calls, cpus=0.5), schema, encoders[USER_ID].size)
+    found = in_parallel(_users, calls, plan.readers, **plan.reader_resources)
+    return latest_values(found, schema, encoders[USER_ID].size)
 
 
 def _users(reader: LogReader, part: list[RowGroup], first: int) -> pa.Table:

@@ -129,7 +129,8 @@ def write_artifact(day: Day, read: Manifest, model: ClickModel, text: Manifest |
     reader = LogReader(day.options.data, day.state.uri, read.name)
     schema, encoders, catalog = reader.open()
     vectors = load_text_table(text and day.state.local(text.name), rows=catalog.size, catalog=catalog.ids.fingerprint())
-    users = ingest.latest_users(reader, day.groups(day.window.train + day.window.valid + day.window.test))
+    groups = day.groups(day.window.train + day.window.valid + day.window.test)
+    users = ingest.latest_users(reader, groups, day.plan)
     write_served(folder, model, schema, encoders, catalog, vectors, users, day.options.compile_release)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import ray.train
 from pyarrow.fs import FileType, LocalFileSystem
-from ray.train import RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2.api.exceptions import PreemptionError
 
 from ctrdist.checkpoint import Progress
 from ctrdist.group import DistributedGroup, Group
@@ -93,6 +94,7 @@ def train(training: Training, plan: Plan) -> Manifest:
     training = replace(training, loop=replace(training.loop, threads=plan.threads))
     state = State(training.state)
     for failures in range(MAX_FAILURES + 1):
+        plan.wait_for_places()
         try:
             _trainer(training, plan).fit()
             break
@@ -124,16 +126,26 @@ def _trainer(training: Training, plan: Plan) -> TorchTrainer:
         datasets=datasets,
         dataset_config=InOrder(),
         scaling_config=ScalingConfig(
-            num_workers=plan.workers, use_gpu=plan.gpus > 0, resources_per_worker=plan.worker_resources
+            num_workers=plan.workers,
+            use_gpu=plan.gpus > 0,
+            resources_per_worker=plan.worker_resources,
+            # Shares of CPUs are small, and a node's cores few: side by side on one they would share these.
+            placement_strategy="PACK" if plan.gpus else "SPREAD",
         ),
-        run_config=RunConfig(name=name, storage_path=State(training.state).path(training.notes)),
+        run_config=RunConfig(
+            name=name,
+            storage_path=State(training.state).path(training.notes),
+            # Ray Train would go on by itself, with a stream that began at an earlier epoch.
+            failure_config=FailureConfig(max_preemption_failures=0),
+        ),
     )
 
 
 def died(error: ray.train.TrainingFailedError) -> bool:
     """Whether a process died (an error of Ray's own), or lost one that did: only that is worth another try."""
     failures = getattr(error, "worker_failures", {}).values()
-    return any(type(e).__module__.startswith("ray.") or isinstance(e, RuntimeError | OSError) for e in failures)
+    gone = any(type(e).__module__.startswith("ray.") or isinstance(e, RuntimeError | OSError) for e in failures)
+    return gone or isinstance(error, PreemptionError)
 
 
 def _work(config: dict[str, Any]) -> None:

@@ -144,22 +144,56 @@ def test_set_up_installs_the_project_from_the_lock(cluster, recorded, tmp_path, 
     assert Path(lock).exists() and (tmp_path / "ctrdist" / "jobs" / "cela_daily.py").exists()
 
 
-def test_an_account_is_set_up_once(recorded):
-    fresh = """case "$*" in *head-bucket*|*get-instance-profile*) exit 1;; *get-caller-identity*) echo 123;;
-    *describe-security-groups*) [ -e $HOME/made ] && echo sg-1 || echo None;;
-    *create-security-group*) touch $HOME/made;; esac"""
-    calls = recorded("test $(bash deploy/aws.sh shop eu-west-1) = sg-1", "aws", answers=fresh)
-    done = [call[2] for call in calls]
-    assert "create-bucket" in done and done.count("create-role") == done.count("create-instance-profile") == 2
+ACCOUNT = """
+made=$HOME/account; mkdir -p $made
+has() { [ -e $made/$1 ]; }
+case "$2" in
+  head-bucket) has bucket || exit 1;;
+  create-bucket) touch $made/bucket;;
+  get-caller-identity) echo 123;;
+  get-role) has role-$4 || exit 1;;
+  create-role) has role-$4 && exit 1; touch $made/role-$4;;
+  create-service-linked-role) touch $made/role-AWSServiceRoleForEC2Spot;;
+  get-instance-profile) has profile-$4 || exit 1; has inside-$4 && echo $4 || echo None;;
+  create-instance-profile) touch $made/profile-$4;;
+  add-role-to-instance-profile) has inside-$4 && exit 1; touch $made/inside-$4;;
+  describe-security-groups) case "$*" in
+    *--filters*) has group && echo sg-1 || echo None;;
+    *) has rule && echo sg-1;; esac;;
+  create-security-group) touch $made/group;;
+  authorize-security-group-ingress) has rule && exit 1; touch $made/rule;;
+esac
+if [ "$2" = "CUT" ] && ! has cut; then touch $made/cut; exit 255; fi
+exit 0
+"""
+"""A stand-in for the parts of AWS that are set up; CUT is the call after which the first try ends."""
+PIECES = {"bucket", "role-AWSServiceRoleForEC2Spot", "group", "rule"} | {
+    f"{kind}-ctrdist-{role}" for kind in ("role", "profile", "inside") for role in ("head", "worker")
+}
+
+
+def test_an_account_is_set_up_once(recorded, tmp_path):
+    calls = recorded("test $(bash deploy/aws.sh shop eu-west-1) = sg-1", "aws", answers=ACCOUNT)
+    assert {path.name for path in (tmp_path / "account").iterdir()} == PIECES
     (rule,) = [call for call in calls if call[2] == "authorize-security-group-ingress"]
     assert rule[3:] == ["--group-id", "sg-1", "--protocol", "-1", "--source-group", "sg-1"], "nobody from outside"
     for call in calls:
         if call[2] == "put-role-policy":
             policy = yaml.safe_load(call[call.index("--policy-document") + 1])
             assert policy["Version"] == "2012-10-17" and all(s["Effect"] == "Allow" for s in policy["Statement"])
-    there = """case "$*" in *get-caller-identity*) echo 123;; *describe-security-groups*) echo sg-1;; esac"""
-    again = [call[2] for call in recorded("bash deploy/aws.sh shop us-east-1", "aws", answers=there)]
-    assert not [name for name in again if name.startswith("create") or name.startswith("authorize")]
+    again = [call[2] for call in recorded("bash deploy/aws.sh shop eu-west-1", "aws", answers=ACCOUNT)]
+    assert not [name for name in again if name.startswith(("create", "authorize", "add-role"))]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    ["create-bucket", "create-role", "create-instance-profile", "add-role-to-instance-profile",
+     "create-service-linked-role", "create-security-group"],
+)  # fmt: skip
+def test_setting_up_an_account_goes_on_after_it_was_cut_off(cut, recorded, tmp_path):
+    script = "bash deploy/aws.sh shop eu-west-1 && exit 1; bash deploy/aws.sh shop eu-west-1"
+    recorded(script, "aws", answers=ACCOUNT.replace("CUT", cut))
+    assert {path.name for path in (tmp_path / "account").iterdir()} == PIECES | {"cut"}
 
 
 def test_the_nightly_manifest(manifests):

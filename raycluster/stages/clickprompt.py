@@ -71,7 +71,7 @@ def tokens(day: Day, read: Read, lm: str, prompts: PromptConfig, config: RowText
         items = pq.read_table(day.state.local(read.output.name) / ITEMS)
         groups = {(group.path, group.index): group for group in read.row_groups}  # a split's are of the same rows
         calls = [(reader.data, group, schema, config) for group in groups.values()]
-        said = in_parallel(distinct_of_group, calls, cpus=0.5)
+        said = in_parallel(distinct_of_group, calls, day.plan.readers, **day.plan.reader_resources)
         made = RowTexts.of(said, items, schema, catalog, config, tokenizer)
         texts = sum(map(len, made.tokenizer.texts))
         rows = sum(group.good for group in read.row_groups)

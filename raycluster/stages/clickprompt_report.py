@@ -46,7 +46,8 @@ def quadrants(day: Day, read: Read, names: list[str]) -> list[dict[str, Any]]:
 def _user_counts(day: Day) -> tuple[pa.Array, np.ndarray]:
     """The users of the window's training days, and the rows of each, bad ones included."""
     groups = day.groups(day.window.train)
-    parts = list(in_parallel(count_users, [(day.options.data, group) for group in groups], cpus=0.5))
+    calls = [(day.options.data, group) for group in groups]
+    parts = list(in_parallel(count_users, calls, day.plan.readers, **day.plan.reader_resources))
     total = pa.concat_tables(parts).group_by("values").aggregate([("counts", "sum")])
     return total["values"].combine_chunks(), total["counts_sum"].to_numpy()
 

@@ -126,7 +126,7 @@ def interaction_output(
             made.save(folder)
         groups = {(group.path, group.index): group for group in read.groups(used)}  # a split's are of the same rows
         calls = [(reader, sides, group) for group in groups.values()]
-        texts = merged(in_parallel(_distinct_texts, calls, cpus=0.5))
+        texts = merged(in_parallel(_distinct_texts, calls, day.plan.readers, **day.plan.reader_resources))
         say(f"encode     {len(texts[0]):,} distinct texts of {read.total(used):,} interactions")
         with day.state.create(name, inputs, {"rows": len(texts[0])}) as folder:
             made.save(folder, texts)
@@ -215,7 +215,7 @@ def represent(day: Day, read: Read, text: Manifest, m_llm: Manifest, granularity
         day.state.remove(name)  # of other inputs; the files that it names may be replaced from now on
         beside, progress, written = f"{name}.rows", Progress("represent", "files").items, {}
         calls = [(reader, text.name, m_llm.name, beside, inputs, *file) for file in files]
-        for output, about in in_parallel(_represent_file, calls):
+        for output, about in in_parallel(_represent_file, calls, day.plan.readers):
             written[output] = about
             progress(len(written), len(files))
         facts = {"rows": read.total(used), "beside": beside, "width": width}

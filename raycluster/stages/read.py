@@ -131,7 +131,7 @@ def _read(day: Day, name: str, inputs: str, groups: list, before: Manifest | Non
     reader = LogReader(data, state.uri, first)
     with state.create(day.name("quarantine", inputs), inputs) as quarantine:
         ids_of = dict.fromkeys(day.new_days, "counted") | dict.fromkeys(day.window.valid, "seen")
-        scan = ingest.scan(reader, groups, ids_of, quarantine)
+        scan = ingest.scan(reader, groups, ids_of, quarantine, day.plan)
     rows = sum(scan.rows.values())
     where = None
     if scan.quarantined:

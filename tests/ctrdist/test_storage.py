@@ -1,7 +1,9 @@
 import hashlib
 import json
+import os
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -177,7 +179,7 @@ def test_damaged_files_are_named(state, damage):
             stream.write(b"hel")
     with pytest.raises(UserError, match=r"a\.txt: (3 bytes|missing), expected 5 bytes; remove .*x\.json"):
         state.local("x")
-    assert not state.cache.exists() or not list(state.cache.iterdir())
+    assert not [path for path in state.cache.glob("*") if path.suffix != ".lock"]
 
 
 def test_a_manifest_is_plain_json_with_its_name(state):
@@ -201,23 +203,40 @@ def test_a_remote_output_is_copied_once(tmp_path, monkeypatch):
     assert (state.local("x") / "a.txt").read_text() == "b"
 
 
-def test_two_processes_copy_a_remote_output_at_once(tmp_path, monkeypatch):
+def test_a_machine_copies_a_remote_output_once_however_many_ask(tmp_path, monkeypatch):
     monkeypatch.setattr(State, "is_local", property(lambda _: False))
     (tmp_path / "state").mkdir()
     state = State(f"file://{tmp_path}/state", tmp_path / "cache")
     write(state, "x", "a")
-    copy_files, other = fs.copy_files, []
+    copy_files, copies, found = fs.copy_files, [], []
 
     def slow(*args, **kwargs):
+        copies.append(args)
+        time.sleep(0.2)
         copy_files(*args, **kwargs)
-        if not other:
-            other.append(None)
-            other.append(state.local("x"))  # meanwhile somebody else begins and ends
 
     monkeypatch.setattr(fs, "copy_files", slow)
-    folder = state.local("x")
-    assert folder == other[1] and (folder / "a.txt").read_text() == "a"
-    assert [path for path in (tmp_path / "cache").iterdir()] == [folder]
+    asking = [threading.Thread(target=lambda: found.append(state.local("x"))) for _ in range(4)]
+    for one in asking:
+        one.start()
+    for one in asking:
+        one.join()
+    assert len(copies) == 1 and len(found) == 4 and (found[0] / "a.txt").read_text() == "a" and len(set(found)) == 1
+
+
+def test_copies_that_nobody_asks_for_go_and_so_do_those_of_what_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(State, "is_local", property(lambda _: False))
+    (tmp_path / "state").mkdir()
+    state = State(f"file://{tmp_path}/state", tmp_path / "cache")
+    folders = {name: state.local(write(state, name, name).name) for name in "xyz"}
+    for name in "xy":
+        os.utime(folders[name], (0, 0))
+    assert state.local("y") == folders["y"], "asked for just now"
+    state.forget_copies()
+    assert [name for name in "xyz" if folders[name].exists()] == ["y", "z"]
+    state.remove("z")
+    assert folders["y"].exists() and not folders["z"].exists()
+    assert (state.local("x") / "a.txt").read_text() == "x", "it is copied again"
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

@@ -13,7 +13,7 @@ GIB = 2**30
 def on(monkeypatch):
     """`on(CPU=..., GPU=..., memory=...)`: a cluster of these resources, memory in GiB; returns what is asked of it."""
 
-    def set_up(memory: float = 64, **resources: float) -> list:
+    def set_up(memory: float = 64, of_nodes: tuple[dict, ...] = (), **resources: float) -> list:
         asked = []
 
         def has(wanted, seconds):
@@ -21,6 +21,8 @@ def on(monkeypatch):
             return resources | {"memory": memory * GIB}
 
         monkeypatch.setattr(cluster, "resources_for", has)
+        nodes = [{"Alive": True, "Resources": each} for each in (of_nodes or [resources])]
+        monkeypatch.setattr("ray.nodes", lambda: nodes)
         return asked
 
     return set_up
@@ -45,6 +47,24 @@ def test_every_gpu_trains_and_shares_of_it_encode(on):
     assert (plan.workers, plan.gpus, plan.threads) == (4, 1, 12)
     assert (plan.encoders, plan.encoder_gpus) == (12, 0.3)  # three of 0.3 fit on each GPU, not thirteen on four
     assert plan.worker_resources == {"CPU": 1.0, "GPU": 1}
+
+
+def test_threads_are_those_of_the_nodes_that_train(on):
+    train, encode = {"CPU": 48, "GPU": 4, "train": 4}, {"CPU": 8, "GPU": 1}
+    on(CPU=112, GPU=12, train=4, of_nodes=(train, *[encode] * 8))
+    assert make_plan(config=PlanConfig(train_on="train")).threads == 12
+    assert make_plan().threads == 8
+
+
+def test_places_that_have_gone_are_waited_for_and_then_an_error(on):
+    plan, asked = Plan(4, 1, 1.0, 8, train_on="train", wait_minutes=5), on(CPU=16, GPU=3, train=3)
+    with pytest.raises(
+        UserError, match="4 training workers need 4 GPU, and the cluster has 3 by now.*run the job again"
+    ):
+        plan.wait_for_places()
+    assert asked == [([{"CPU": 1.0, "GPU": 1, "train": 1}] * 4, 300)]
+    on(CPU=16, GPU=4, train=4)
+    plan.wait_for_places()
 
 
 def test_only_some_gpus_train(on):
