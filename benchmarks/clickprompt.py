@@ -1,6 +1,8 @@
 """ClickPrompt on MovieTweetings: the backbone beside what pre-training makes of it, without and with the LM.
 
-All of a seed have the same order of rows; the backbone alone and a new CTR model begin alike. Variants of the one with
+All of a seed have the same order of rows; the backbone alone and a new CTR model begin alike. `backbone_finetune` is the
+backbone alone with the rates, batches, epochs and warm-up of fine-tuning: what `with_plm` gains beyond it is the language
+model's. Variants of the one with
 the language model: `first_layer` has prompts in that alone (the paper's table 4, as is `--prompts.count`),
 `no_prompts`, `no_pretraining` and `neither` are table 5's; other CTR and language models (tables 3 and 9) are
 `--ctr.backbone` and `--lm.name`. `p` is of a paired t-test over the seeds. Nothing is chosen here.
@@ -33,6 +35,7 @@ from ctrdist.config import to_dict  # noqa: E402
 from ctrdist.items import read_items  # noqa: E402
 from ctrdist.language import source  # noqa: E402
 from ctrdist.language.prompts import PromptConfig  # noqa: E402
+from ctrdist.prompted import rates  # noqa: E402
 from ctrdist.row_texts import RowTextConfig  # noqa: E402
 from ctrdist.storage import Manifest, State  # noqa: E402
 from ctrdist.tasks.click import ClickConfig  # noqa: E402
@@ -89,6 +92,13 @@ class Options:
         groups = {group: replace(getattr(self, group), **changes) for group, changes in VARIANTS[variant].items()}
         return replace(self, **groups)
 
+    def ctr_in_finetuning(self) -> ClickConfig:
+        """The CTR model's options as they are beside the language model."""
+        own = {
+            name: getattr(self.finetune, name) for name in ("batch_size", "epochs", "schedule", "warmup", "patience")
+        }
+        return replace(rates(self.ctr, self.finetune), **own)
+
 
 @dataclass
 class ClickPromptStudy(Study):
@@ -103,19 +113,20 @@ class ClickPromptStudy(Study):
     def rows(self) -> Iterator[dict[str, Any]]:
         """What every model scores, and what it took."""
         options, seeds = self.options, dict.fromkeys(self.options.seeds)
-        yield from self.click_models("backbone", dict.fromkeys(seeds, ""))
+        yield from self.click_models("backbone", options.ctr, dict.fromkeys(seeds, ""))
+        yield from self.click_models("backbone_finetune", options.ctr_in_finetuning(), dict.fromkeys(seeds, ""))
         starts = {seed: self.pretrained(options, seed) for seed in seeds}
         for seed, made in starts.items():
             yield {"model": "pretrain", "seed": seed} | took(made.facts)
-        yield from self.click_models("without_plm", {seed: made.name for seed, made in starts.items()})
+        yield from self.click_models("without_plm", options.ctr, {seed: made.name for seed, made in starts.items()})
         for variant in dict.fromkeys(options.variants):
             for seed in seeds:
                 made = self.finetuned(options.of(variant), variant, seed)
                 yield {"model": variant, "seed": seed} | scored(made.facts)
 
-    def click_models(self, name: str, starts: dict[int, str]) -> Iterator[dict[str, Any]]:
+    def click_models(self, name: str, ctr: ClickConfig, starts: dict[int, str]) -> Iterator[dict[str, Any]]:
         """CTR models without the language model, by seed from an output with a model to begin with."""
-        cells = [ClickCell(self.options.ctr, seed, name=name, start=start) for seed, start in starts.items()]
+        cells = [ClickCell(ctr, seed, name=name, start=start) for seed, start in starts.items()]
         for cell, made in self.cells(cells).items():
             yield {"model": name, "seed": cell.seed} | scored(made.facts)
 

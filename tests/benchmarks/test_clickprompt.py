@@ -28,7 +28,7 @@ def test_all_variants_are_trained_once_and_compared_with_the_backbone(tmp_path, 
         prompts=PromptConfig(count=2),
         ctr=ClickConfig(backbone="dcnv2", dim=4, epochs=1, batch_size=128, networks=small),
         pretrain=PromptPretrainConfig(epochs=1, batch_size=64),
-        finetune=PromptFinetuneConfig(epochs=1, batch_size=128),
+        finetune=PromptFinetuneConfig(epochs=1, batch_size=64),
         seeds=(0,),
         keep=tmp_path / "kept",
         variants=tuple(clickprompt.VARIANTS),
@@ -41,9 +41,9 @@ def test_all_variants_are_trained_once_and_compared_with_the_backbone(tmp_path, 
     assert {path: path.read_text() for path in (tmp_path / "kept").rglob("*.json")} == made
     found = json.loads(out.rstrip().splitlines()[-1])
     rows = {row["model"]: row for row in found["rows"]}
-    assert list(rows) == ["backbone", "pretrain", "without_plm", *options.variants]
+    assert list(rows) == ["backbone", "backbone_finetune", "pretrain", "without_plm", *options.variants]
     scored = [row["auc"] for row in found["rows"] if "auc" in row]
-    assert len(set(scored)) == 7 and "600 training, 400 test rows" in out
+    assert len(set(scored)) == 8 and "600 training, 400 test rows" in out
     gain = found["ratios"]["auc_without_plm_less_backbone"]
     assert gain == rows["without_plm"]["auc"] - rows["backbone"]["auc"]
     with pytest.raises(SystemExit, match="unknown nothing"):
