@@ -2,9 +2,10 @@
 
 All of a seed have the same order of rows; the backbone alone and a new CTR model begin alike. `backbone_finetune` is
 the backbone alone with the rates, batches, epochs and warm-up of fine-tuning: what `with_plm` gains beyond it is the
-language model's. Variants of the one with the language model: `first_layer` has prompts in that alone (the paper's table 4, as is `--prompts.count`),
-`no_prompts`, `no_pretraining` and `neither` are table 5's; other CTR and language models (tables 3 and 9) are
-`--ctr.backbone` and `--lm.name`. `p` is of a paired t-test over the seeds. Nothing is chosen here.
+language model's. Variants of the one with the language model: `first_layer` has prompts in that alone (the paper's
+table 4, as is `--prompts.count`), `no_prompts`, `no_pretraining` and `neither` are table 5's; other CTR and language
+models (tables 3 and 9) are `--ctr.backbone` and `--lm.name`. `p` is of a paired t-test over the seeds. Nothing is
+chosen here.
 
 With `--keep` every stage and every model is written when it is done, and a rerun computes only what is missing or
 depends on something that has changed; what the code does is not among these.

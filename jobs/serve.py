@@ -1,8 +1,10 @@
 """Serve a released model over HTTP, by Ray Serve, until it is stopped; follows the registry's champion.
 
-python jobs/serve.py --state STATE
-python jobs/serve.py --model models:/elec@champion --tracking-uri http://mlflow:5000 --replicas 4
-curl localhost:8000 -d '{"user": {"user_id": "u1"}, "context": {}, "history": [], "candidates": ["i1", "i2"]}'
+    python jobs/serve.py --state STATE
+    python jobs/serve.py --model models:/elec@champion --tracking-uri http://mlflow:5000 --replicas 4
+    curl localhost:8000 -d '{"user": {"user_id": "u1"}, "context": {}, "history": [], "candidates": ["i1", "i2"]}'
+
+Options may stand in `serve.yaml`.
 """
 
 import threading

@@ -288,12 +288,14 @@ def alone() -> Iterator[None]:
     Raises:
         UserError: the cluster serves something already: Ray Serve has one address, and `/` one application.
     """
-    if served := sorted(serve.status().applications):
+    status = serve.status()
+    if served := sorted(status.applications):
         raise UserError(
             f"this Ray cluster serves already ({', '.join(served)}): stop that first (its job, or `serve shutdown`), "
             "or serve from another cluster"
         )
-    serve.shutdown()  # what served nothing may have another address
+    if status.proxies:
+        serve.shutdown()  # it serves nothing, and may have another address
 
     def stop(*_: Any) -> None:
         raise _Stopped
