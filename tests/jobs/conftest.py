@@ -94,7 +94,7 @@ def _encode(work: Any, state: Any, shards: str, model: Any, config: Any, plan: c
 def one_process(registered: bool = False) -> Iterator[None]:
     """For a while jobs run here, without Ray, and nothing is tracked or registered, unless that is asked for."""
 
-    def in_order(function: Callable, calls: list[tuple], **_options: Any) -> Iterator:
+    def in_order(function: Callable, calls: list[tuple], *_at_once: int, **_resources: Any) -> Iterator:
         return (function(*call) for call in calls)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -111,6 +111,7 @@ def one_process(registered: bool = False) -> Iterator[None]:
             patch.setattr("raycluster.registry.pass_gate", lambda *_: refused("not asked"))
         patch.setattr(cluster, "connect", lambda: None)
         patch.setattr(cluster, "make_plan", lambda *_: cluster.Plan(1, 0, 1.0, 1))
+        patch.setattr(cluster.Plan, "wait_for_places", lambda _: None)
         yield
 
 

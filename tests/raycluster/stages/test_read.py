@@ -19,6 +19,7 @@ from ctrdist.schema import Field, Schema
 from ctrdist.storage import State
 from ctrdist.vocabulary import UNKNOWN, Vocabulary
 from raycluster import ingest
+from raycluster.cluster import Plan
 from raycluster.day import DayOptions, open_day
 from raycluster.stages.read import read_log
 
@@ -28,7 +29,7 @@ START = dt.date(2024, 1, 1)
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    monkeypatch.setattr(ingest, "in_parallel", lambda function, calls, cpus: (function(*call) for call in calls))
+    monkeypatch.setattr(ingest, "in_parallel", lambda function, calls, *_, **__: (function(*call) for call in calls))
 
 
 def write_items(data: Path, *names: str) -> None:
@@ -63,6 +64,7 @@ def run(data: Path, number: int, whole: bool = False, **options):
     asked = DayOptions(data=str(data), state=str(data / "state"), date=START + dt.timedelta(days=number - 1),
                        max_bad_fraction=0.0, **{"train_days": 3} | options)  # fmt: skip
     day = open_day(asked)
+    day.plan = Plan(1, 0, 1.0, 1)
     day.stage = lambda name, inputs, make: make(day.name(name), inputs, None)
     found = read_log(day, whole_window=whole)
     with day.state.create(day.release, "x", {"read": found.output.name, "trained_days": day.trained_days}):
