@@ -36,6 +36,7 @@ from ctrdist.datasets import (
 from ctrdist.datasets.canonical import Summary
 from ctrdist.datasets.table import TableOptions
 from ctrdist.errors import UserError
+from ctrdist.pace import Pace
 from ctrdist.report import duration
 from ctrdist.schema import Schema
 
@@ -185,17 +186,15 @@ class Check:
 
 
 class Progress:
-    """Says on standard error every ten seconds how far a long pass is: call it with the rows done and all rows."""
+    """Says on standard error how far a long pass is: call it with the rows done and all rows."""
 
-    def __init__(self, every: float = 10.0) -> None:
-        self.every = every
-        self.began = self.said = time.monotonic()
+    def __init__(self) -> None:
+        self.pace = Pace()
 
     def __call__(self, done: int, rows: int) -> None:
-        now = time.monotonic()
-        if now - self.said >= self.every and done < rows:
-            self.said = now
-            left = duration((now - self.began) / done * (rows - done))
+        now = time.time()
+        if done < rows and self.pace.due(now):
+            left = duration((now - self.pace.began) / done * (rows - done))
             print(f"{done:,} of {rows:,} rows, about {left} left", file=sys.stderr, flush=True)
 
 

@@ -14,6 +14,7 @@ from ctrdist.config import to_dict
 from ctrdist.errors import UserError
 from ctrdist.gate import GateConfig
 from ctrdist.log import SPLIT_WINDOW, Part, RowGroup, Window, choose_window, file_facts, list_days, list_row_groups
+from ctrdist.pace import Pace
 from ctrdist.report import console_table
 from ctrdist.schema import Schema
 from ctrdist.storage import Manifest, State, fingerprint, masked
@@ -348,11 +349,11 @@ def say(line: str) -> None:
 
 
 class Progress:
-    """Prints a stage's records, one line every ten seconds: steps, loss, speed, time left."""
+    """Prints a stage's records, a line now and then (`Pace`): steps, loss, speed, time left."""
 
-    def __init__(self, stage: str, things: str = "items", every: float = 10.0) -> None:
-        self.stage, self.things, self.every = stage, things, every
-        self.began = self.printed = time.time()
+    def __init__(self, stage: str, things: str = "items") -> None:
+        self.stage, self.things, self.pace = stage, things, Pace()
+        self.began = self.pace.began
         self.first_step: float | None = None
 
     def __call__(self, record: dict) -> None:
@@ -364,9 +365,8 @@ class Progress:
         if self.first_step is None:
             self.first_step, self.began = record["step"], now
         done = record["step"] - self.first_step
-        if not done or now - self.printed < self.every:
+        if not done or not self.pace.due(now):
             return
-        self.printed = now
         left = (record["steps"] - record["step"]) * (now - self.began) / done
         say(
             f"{self.stage:10} step {record['step']:,.0f} of {record['steps']:,.0f}, loss {record['loss']:.4f}, "
@@ -374,10 +374,9 @@ class Progress:
         )
 
     def items(self, done: int, total: int) -> None:
-        """Prints how many things are done, one line every ten seconds."""
+        """Prints how many things are done, a line now and then."""
         now = time.time()
-        if now - self.printed >= self.every:
-            self.printed = now
+        if self.pace.due(now):
             left = (total - done) * (now - self.began) / max(1, done)
             speed = f"{done / (now - self.began):,.1f} {self.things}/s"
             say(f"{self.stage:10} {done:,} of {total:,} {self.things}, {speed}, {left:.0f} s left")

@@ -71,7 +71,8 @@ def test_check_tells_good_from_bad_by_its_exit_status(tmp_path, small_log):
 
 
 def test_a_long_check_says_how_far_it_is(capsys):
-    progress = runpy.run_path(str(REPOSITORY / "jobs" / "prepare.py"))["Progress"](every=0)
+    progress = runpy.run_path(str(REPOSITORY / "jobs" / "prepare.py"))["Progress"]()
+    progress.pace.least = 0
     progress(1_000, 4_000)
     progress(4_000, 4_000)
     said = capsys.readouterr()
