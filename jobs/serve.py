@@ -47,14 +47,12 @@ class ServeOptions:
     config: str | None = None
 
     def check(self) -> None:
-        """Raise a UserError for a number out of range, or if nothing says where the registry is."""
+        """Raise a UserError for a number out of range."""
         for name in ("replicas", "threads", "batch_requests"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: 1 or more")
         if self.batch_wait_ms < 0 or self.poll_seconds <= 0:
             raise UserError("--batch-wait-ms takes 0 or more, --poll-seconds more than 0")
-        if self.model.startswith("models:/") and not (self.state or self.tracking_uri):
-            raise UserError(f"--model {self.model}: give --tracking-uri, or the --state of the daily job")
 
 
 def run(options: ServeOptions) -> None:

@@ -111,10 +111,15 @@ def find_model(model: str, tracking_uri: str | None, state: str) -> ModelSource:
         if not Path(model).is_dir():
             raise UserError(f"--model {model}: no such folder; name a release's, or a registered models:/NAME@champion")
         return ModelSource(str(find_artifact(Path(absolute(model)))))
-    database = Path(state) / "mlflow.db"
-    if not tracking_uri and not (state and database.exists()):
+    if not (tracking_uri or state):
         raise UserError(f"--model {model}: give --tracking-uri, or the --state of the job that registered it")
-    server = Server(tracking_uri or f"sqlite:///{database.resolve()}")
+    server = Server(tracking_uri) if tracking_uri else Server.of(None, absolute(state))
+    database = Path(server.uri.removeprefix("sqlite:///"))
+    if not tracking_uri and not database.exists():
+        raise UserError(
+            f"--state {state}: no registry there ({database.name}): a daily job makes one when it releases its first "
+            "day; one that was given a --tracking-uri registers there, so give the same"
+        )
     name, at, alias = model.removeprefix("models:/").partition("@")
     name, _, version = name.partition("/")
     try:
