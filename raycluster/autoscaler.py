@@ -4,8 +4,8 @@ import time
 from collections import Counter
 
 
-def resources_for(wanted: list[dict[str, float]], seconds: float, every: float = 5.0) -> dict[str, float]:
-    """The cluster's resources, once it has what is wanted or `seconds` have passed.
+def wait_for(wanted: list[dict[str, float]], seconds: float, every: float = 5.0) -> str:
+    """Returns when the cluster's nodes have a place for each piece that is wanted, or `seconds` have passed.
 
     The autoscaler is asked only while this waits, and at every look: the request is one for the whole cluster, and what
     Ray Data leaves running there overwrites it every twenty seconds.
@@ -13,31 +13,36 @@ def resources_for(wanted: list[dict[str, float]], seconds: float, every: float =
     Args:
         wanted: pieces, each of which fits on a node, by resource.
         every: seconds between two looks.
+
+    Returns:
+        What there is no place for by then, for people: "2 GPU, 2 train"; "" if there is one for everything.
     """
-    import ray
     from ray.autoscaler.sdk import request_resources
 
-    needs = Counter()
-    for piece in wanted:
-        needs.update(piece)
     began, asked, told = time.monotonic(), False, ""
     try:
-        while True:
-            resources = ray.cluster_resources()
-            missing = {name: need - resources.get(name, 0) for name, need in needs.items()}
-            missing = {name: number for name, number in missing.items() if number > 0}
-            if not missing:
-                return resources
+        while missing := _without_place(wanted):
             asked = True
             request_resources(bundles=wanted)
-            says = ", ".join(f"{number:g} {name}" for name, number in missing.items())
             if time.monotonic() - began >= seconds:
-                print(f"warning: {says} have not come within {seconds / 60:g} minutes; going on without", flush=True)
-                return resources
-            if says != told:
-                print(f"waiting at most {seconds / 60:g} minutes for {says}", flush=True)
-                told = says
+                return missing
+            if missing != told:
+                print(f"waiting at most {seconds / 60:g} minutes for {missing}", flush=True)
+                told = missing
             time.sleep(every)
+        return ""
     finally:
         if asked:
             request_resources(bundles=[])
+
+
+def _without_place(wanted: list[dict[str, float]]) -> str:
+    """What finds no place on any node, whatever runs there; pieces are put one by one where the first place is."""
+    import ray
+
+    free = [Counter(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    missing = Counter()
+    for piece in wanted:
+        node = next((node for node in free if all(node[name] > need - 1e-6 for name, need in piece.items())), None)
+        (missing if node is None else node).update({name: -need for name, need in piece.items()})
+    return ", ".join(f"{-number:g} {name}" for name, number in missing.items())

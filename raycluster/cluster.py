@@ -13,7 +13,7 @@ import psutil
 
 from ctrdist.errors import UserError
 from ctrdist.storage import masked
-from raycluster.autoscaler import resources_for
+from raycluster.autoscaler import wait_for
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,17 @@ class Plan:
         return {"num_cpus": 0.5} | ({"memory": self.reader_bytes} if self.reader_bytes else {})
 
     def wait_for_places(self) -> None:
-        """Returns when the cluster has what the training processes reserve: nodes leave while nobody trains.
+        """Returns when the nodes have places for the training processes: some may leave while nobody trains.
 
         Raises:
-            UserError: it has not had that for `wait_minutes`.
+            UserError: they have not had them for `wait_minutes`.
         """
-        places = [self.worker_resources] * self.workers
-        has = resources_for(places, 60 * self.wait_minutes)
-        for name, number in self.worker_resources.items():
-            if has.get(name, 0) < number * self.workers:
-                raise UserError(
-                    f"{self.workers} training workers need {number * self.workers:g} {name}, and the cluster has "
-                    f"{has.get(name, 0):g} by now (`ray status` says why): run the job again, it goes on from here"
-                )
+        if missing := wait_for([self.worker_resources] * self.workers, 60 * self.wait_minutes):
+            each = ", ".join(f"{number:g} {name}" for name, number in self.worker_resources.items())
+            raise UserError(
+                f"{self.workers} training workers of {each} each: no node of the cluster has room for {missing} of "
+                "that by now (`ray status` says why): run the job again, it goes on from here"
+            )
 
     def lines(self) -> tuple[str, str, str]:
         """The plan, for people."""
@@ -178,8 +176,12 @@ def make_plan(
     Raises:
         UserError: the cluster is too small, says what is missing; or a batch does not divide.
     """
+    import ray
+
     config = config or PlanConfig()
-    resources = resources_for(_wanted(config), config.wait_minutes * 60)
+    if missing := wait_for(_wanted(config), config.wait_minutes * 60):
+        print(f"warning: {missing} have not come within {config.wait_minutes:g} minutes; going on without", flush=True)
+    resources = ray.cluster_resources()
     cpus, gpus, memory = int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), resources.get("memory", 0)
     places = _training_gpus(resources, config)
     if cpus < 2:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from raycluster import autoscaler
-from raycluster.autoscaler import resources_for
+from raycluster.autoscaler import wait_for
 
 WANTED = [{"CPU": 1}] * 16 + [{"GPU": 1, "train": 1}] * 2
 DATA, TRAIN = {"CPU": 16}, {"CPU": 8, "GPU": 2, "train": 2}
@@ -22,12 +22,11 @@ class Growing:
         self.requests.append(bundles)
         self.wanted = bundles
 
-    def resources(self) -> dict[str, float]:
-        total = {"CPU": 0.0, "memory": 1.0}
-        for after, node in self.nodes:
-            if self.asked_at is not None and self.now - 100 >= after:
-                total = {name: total.get(name, 0) + node.get(name, 0) for name in total | node}
-        return total
+    def alive(self) -> list[dict]:
+        """What `ray.nodes` says: a head without CPUs, a node that has died, and what has come."""
+        come = [node for after, node in self.nodes if self.asked_at is not None and self.now - 100 >= after]
+        dead = {"Alive": False, "Resources": {"CPU": 64, "GPU": 8, "train": 8}}
+        return [dead, *({"Alive": True, "Resources": resources} for resources in [{"memory": 1.0}, *come])]
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -43,7 +42,7 @@ def growing(monkeypatch):
 
     def put(*nodes: tuple[float, dict[str, int]]) -> Growing:
         made = Growing(list(nodes))
-        monkeypatch.setattr("ray.cluster_resources", made.resources)
+        monkeypatch.setattr("ray.nodes", made.alive)
         monkeypatch.setattr("ray.autoscaler.sdk.request_resources", made.request)
         monkeypatch.setattr(autoscaler, "time", SimpleNamespace(monotonic=lambda: made.now, sleep=made.sleep))
         return made
@@ -53,7 +52,7 @@ def growing(monkeypatch):
 
 def test_an_idle_cluster_is_asked_once_and_waited_for(growing, capsys):
     cluster = growing((60, DATA), (200, TRAIN))
-    assert resources_for(WANTED, 600) == {"CPU": 24, "memory": 1, "GPU": 2, "train": 2}
+    assert wait_for(WANTED, 600) == ""
     assert cluster.now - 100 == 200
     *asked, last = cluster.requests
     assert len(asked) == 40 and all(one == WANTED for one in asked), "asked as long as it waits"
@@ -63,24 +62,31 @@ def test_an_idle_cluster_is_asked_once_and_waited_for(growing, capsys):
     )
 
 
-def test_after_the_time_it_goes_on_with_what_has_come(growing, capsys):
+def test_after_the_time_it_says_what_has_not_come(growing):
     cluster = growing((60, DATA), (700, TRAIN))
-    assert resources_for(WANTED, 600) == {"CPU": 16, "memory": 1}
+    assert wait_for(WANTED, 600) == "2 GPU, 2 train"
     assert cluster.now - 100 == 600 and cluster.requests[-1] == []
-    assert "warning: 2 GPU, 2 train have not come within 10 minutes; going on without\n" in capsys.readouterr().out
+
+
+def test_places_are_counted_on_each_node(growing):
+    """Three nodes of 2 CPUs have 6, and places for three workers of 1.5, not for four; 0.1 goes 20 times into 2."""
+    cluster = growing(*[(0, {"CPU": 2})] * 3)
+    cluster.asked_at = 0
+    assert wait_for([{"CPU": 1.5}] * 3, 0) == ""
+    assert wait_for([{"CPU": 1.5}] * 5, 0) == "3 CPU"
+    assert wait_for([{"CPU": 0.1}] * 60, 0) == "" and wait_for([{"CPU": 0.1}] * 61, 0) == "0.1 CPU"
 
 
 def test_without_time_to_wait_nothing_is_left_asked(growing):
     cluster = growing((60, DATA))
-    assert resources_for(WANTED, 0) == {"CPU": 0, "memory": 1}
+    assert wait_for(WANTED, 0) == "16 CPU, 2 GPU, 2 train"
     assert cluster.requests == [WANTED, []] and cluster.now == 100
 
 
 def test_nothing_is_asked_where_all_is_there(growing, capsys):
     cluster = growing((0, DATA))
     cluster.asked_at = 0
-    assert resources_for([{"CPU": 1}] * 16, 600)["CPU"] == 16
-    assert resources_for([], 600)["CPU"] == 16
+    assert wait_for([{"CPU": 1}] * 16, 600) == wait_for([], 600) == ""
     assert not cluster.requests and not capsys.readouterr().out
 
 
@@ -92,5 +98,5 @@ def test_a_request_does_not_outlive_who_waits(growing, monkeypatch):
 
     monkeypatch.setattr(autoscaler.time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        resources_for(WANTED, 600)
+        wait_for(WANTED, 600)
     assert cluster.requests == [WANTED, []]
