@@ -65,9 +65,12 @@ def _cli(type_: Any, arguments: list[str], **options: Any) -> Any:
 
 
 def main(job: Callable[[], None]) -> None:
-    """Run a job; a UserError is printed without a stack trace and becomes exit status 1."""
+    """Run a job; a UserError is printed without a stack trace and becomes exit status 1, Ctrl-C likewise and 130."""
     try:
         job()
+    except KeyboardInterrupt:
+        print("stopped: what is done stays, and the same command goes on from there", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     except Exception as error:
         wrong = user_error(error)
         if wrong is None:
