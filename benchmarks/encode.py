@@ -42,7 +42,7 @@ from ctrdist.schema import ITEM_ID, Field, Schema  # noqa: E402
 from ctrdist.storage import State  # noqa: E402
 from ctrdist.text_table import load_text_table  # noqa: E402
 from ctrdist.vocabulary import Vocabulary  # noqa: E402
-from raycluster import cluster  # noqa: E402
+from raycluster import cluster, planning  # noqa: E402
 from raycluster.encoder import encode_items  # noqa: E402
 
 AGREEMENT = 0.999
@@ -159,7 +159,7 @@ def loop(options: Options, folder: str, texts: list[str]) -> tuple:
 def through_ray(options: Options, folder: str, texts: list[str]) -> tuple:
     """The job's path: texts in a state, an actor pool, a table."""
     cluster.connect()
-    plan = cluster.make_plan()
+    plan = planning.make_plan()
     plan = replace(plan, threads=max(1, (options.threads or len(os.sched_getaffinity(0))) // plan.workers))
     with tempfile.TemporaryDirectory() as scratch:
         state, item = State(scratch), Field(ITEM_ID)

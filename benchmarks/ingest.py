@@ -36,7 +36,7 @@ from ctrdist.scan import Scan, grow_encoders, item_counts, sum_scans, with_good_
 from ctrdist.schema import Field, Schema
 from ctrdist.storage import State
 from ctrdist.vocabulary import Vocabulary, sum_counts
-from raycluster import cluster, ingest
+from raycluster import cluster, ingest, planning
 from raycluster.ingest import LogReader
 from raycluster.trainer import InOrder
 
@@ -142,7 +142,7 @@ def open_log(data: str, state: State, scratch: Path) -> tuple[LogReader, list]:
             build_catalog(items, ids, schema, encoders).save(folder / "catalog")
         return LogReader(data, state.uri, name)
 
-    scan = ingest.scan(save("blank"), groups, dict.fromkeys(files, "counted"), scratch, cluster.make_plan())
+    scan = ingest.scan(save("blank"), groups, dict.fromkeys(files, "counted"), scratch, planning.make_plan())
     assert not scan.quarantined
     encoders = grow_encoders(encoders, scan, schema)
     counts = item_counts(scan.items, tuple(files), ids.size)
@@ -176,7 +176,7 @@ def through_ray(
     """
     began, rows = time.time(), sum(group.rows for group in groups)
     together, _ = ingest.deal(rows, batch * workers)
-    plan = cluster.make_plan(config=cluster.PlanConfig(readers=readers))
+    plan = planning.make_plan(config=planning.PlanConfig(readers=readers))
     stream = ingest.stream(reader, plan_epoch(groups, batch * workers * together, None), batch * together, plan=plan)
     shares = InOrder().configure({"train": stream}, workers, None, None)
     calls = [(reader, own["train"], together) for own in shares]

@@ -233,6 +233,7 @@ class State:
             with folder.with_suffix(".lock").open("w") as lock:  # processes of this machine that want it at once
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not folder.exists():
+                    self.forget_copies()
                     self._copy(f"{root}/{manifest.folder}", folder, manifest)
             os.utime(folder)
         _check(folder, manifest, self)

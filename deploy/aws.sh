@@ -17,9 +17,13 @@ objects='{"Version": "2012-10-17", "Statement": [
   {"Effect": "Allow", "Action": ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"],
    "Resource": "arn:aws:s3:::'$bucket'/*"}]}'
 launch='{"Version": "2012-10-17", "Statement": [
-  {"Effect": "Allow", "Resource": "*", "Action": ["ec2:Describe*", "ec2:RunInstances", "ec2:CreateTags"]},
-  {"Effect": "Allow", "Resource": "*", "Action": ["ec2:TerminateInstances", "ec2:StopInstances", "ec2:StartInstances"],
-   "Condition": {"StringEquals": {"aws:ResourceTag/ray-cluster-name": "ctrdist"}}},
+  {"Effect": "Allow", "Resource": "*", "Action": "ec2:Describe*"},
+  {"Effect": "Allow", "Resource": "*", "Action": "ec2:RunInstances",
+   "Condition": {"StringEquals": {"aws:RequestedRegion": "'$region'"}}},
+  {"Effect": "Allow", "Resource": "*", "Action": "ec2:CreateTags",
+   "Condition": {"StringEquals": {"ec2:CreateAction": "RunInstances"}}},
+  {"Effect": "Allow", "Resource": "*", "Action": ["ec2:CreateTags", "ec2:TerminateInstances", "ec2:StopInstances",
+   "ec2:StartInstances"], "Condition": {"StringEquals": {"aws:ResourceTag/ray-cluster-name": "ctrdist"}}},
   {"Effect": "Allow", "Action": "iam:PassRole", "Resource": "arn:aws:iam::'$account':role/ctrdist-worker"}]}'
 
 # Spot nodes that are asked for by API need it; an account that ever had some has it.

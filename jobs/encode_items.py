@@ -23,7 +23,7 @@ from ctrdist.report import duration
 from ctrdist.schema import ITEM_ID, USER_ID, Field, Schema
 from ctrdist.storage import Manifest, State, fingerprint, list_parquet
 from ctrdist.vocabulary import Vocabulary
-from raycluster import cli, cluster
+from raycluster import cli, cluster, planning
 from raycluster.day import Progress, say
 from raycluster.encoder import encode_items
 
@@ -56,7 +56,7 @@ class EncodeOptions:
     lm: str = "sentence-transformers/all-MiniLM-L6-v2"
     pooling: str = "auto"
     encode: EncodeConfig = field(default_factory=EncodeConfig)
-    plan: cluster.PlanConfig = field(default_factory=cluster.PlanConfig)
+    plan: planning.PlanConfig = field(default_factory=planning.PlanConfig)
     config: str | None = None
 
     def check(self) -> None:
@@ -85,7 +85,7 @@ def run(options: EncodeOptions) -> None:
         return show(state, before)
     earlier = [before] if before else []
     report = Progress("encode", "texts").items
-    plan = cluster.make_plan(encoders=options.encode.encoders, gpu_share=options.encode.gpu_share, config=options.plan)
+    plan = planning.make_plan(encoders=options.encode.encoders, gpu_share=options.encode.gpu_share, config=options.plan)
     say(f"plan       {plan.lines()[1]}")
     show(state, encode_items(
         state, TABLE, model, ITEMS, options.encode, plan, inputs, previous=earlier, progress=report

@@ -22,7 +22,7 @@ from ctrdist.log import SPLIT_WINDOW, days_after, list_days, list_row_groups
 from ctrdist.report import gate_table, metric
 from ctrdist.schema import Schema
 from ctrdist.storage import Manifest, State
-from raycluster import cli, cluster
+from raycluster import cli, cluster, planning
 from raycluster.day import day_releases, say
 from raycluster.gate import Gate
 from raycluster.ingest import LogReader
@@ -67,6 +67,7 @@ class OnRows(Registry):
         test_days: days after the date to test on.
         seed: decides the resamples.
         gate: what a version may lose.
+        plan: how the cluster's resources are shared out, and what to wait for on one that grows by itself.
     """
 
     data: str = ""
@@ -74,6 +75,7 @@ class OnRows(Registry):
     test_days: int = 1
     seed: int = 0
     gate: GateConfig = field(default_factory=GateConfig)
+    plan: planning.PlanConfig = field(default_factory=planning.PlanConfig)
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,8 @@ def gate_of(options: OnRows, state: State, newest: Manifest, versions: Versions,
     groups = list_row_groups(data, files, days, schema)
     cluster.connect()
     reader = LogReader(data, state.uri, newest.facts["read"])
-    return Gate(state, cluster.make_plan(), versions, reader, groups, options.gate, options.seed)
+    plan = planning.make_plan(config=options.plan)
+    return Gate(state, plan, versions, reader, groups, options.gate, options.seed)
 
 
 def show(versions: Versions, challenger: str, champion: str | None, decision: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ have not changed since are left as they are: so a run that was cut off goes on w
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyarrow import fs
@@ -22,7 +22,7 @@ from ctrdist.report import duration
 from ctrdist.scoring import Job, Scored, needed, open_parquet
 from ctrdist.serving.model import ServedModel
 from ctrdist.storage import filesystem, list_parquet
-from raycluster import cli, cluster
+from raycluster import cli, cluster, planning
 from raycluster.day import Progress, say
 from raycluster.model_source import ModelSource, find_model
 from raycluster.scoring import score_files
@@ -43,6 +43,8 @@ class ScoreOptions:
         tracking_uri: MLflow's server or database; SQLite in the state if not given.
         keep: columns that the scored files have besides `user_id`, `item_id` and `probability`.
         max_bad_fraction: largest share of rows without user or item with which the job succeeds.
+        workers: files that are scored at once; 0 takes as many as the cluster has room for.
+        plan: how the cluster's resources are shared out, and what to wait for on one that grows by itself.
         config: YAML file of options; `score.yaml` in the working folder is read if it is there.
     """
 
@@ -53,6 +55,8 @@ class ScoreOptions:
     tracking_uri: str | None = None
     keep: tuple[str, ...] = ()
     max_bad_fraction: float = 0.01
+    workers: int = 0
+    plan: planning.PlanConfig = field(default_factory=planning.PlanConfig)
     config: str | None = None
 
     def check(self) -> None:
@@ -74,7 +78,8 @@ def run(options: ScoreOptions) -> None:
     cluster.connect()
     say(f"score      {len(jobs):,} files with {source.name}")
     began, progress = time.monotonic(), Progress("score", "files")
-    found = score_files(jobs, source, options.keep, cluster.make_plan(), progress.items)
+    plan = planning.make_plan(options.workers, config=options.plan)
+    found = score_files(jobs, source, options.keep, plan, progress.items)
     show(options, source, found, time.monotonic() - began)
     rows, bad = sum(one.rows for one in found), sum(one.bad for one in found)
     if bad > options.max_bad_fraction * (rows + bad):

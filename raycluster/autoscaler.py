@@ -1,48 +1,64 @@
-"""A cluster that grows by itself: ask its autoscaler for nodes, and wait for them."""
+"""Nodes: what they have room for; and a cluster that grows by itself, whose autoscaler is asked for more."""
 
 import time
 from collections import Counter
 
 
-def wait_for(wanted: list[dict[str, float]], seconds: float, every: float = 5.0) -> str:
-    """Returns when the cluster's nodes have a place for each piece that is wanted, or `seconds` have passed.
+def alive_nodes() -> list[dict[str, float]]:
+    """The resources of each node that is there, by Ray's names (CPU, GPU, memory in bytes), whatever runs on it."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def without_place(pieces: list[dict[str, float]], nodes: list[dict[str, float]]) -> str:
+    """What finds no place when each piece is put on the first node that has room: for people, such as "2 GPU, 2 train";
+    "" if everything does.
+
+    Args:
+        pieces: each of which fits on a node, by resource.
+        nodes: resources of each.
+    """
+    free, missing = [Counter(node) for node in nodes], Counter()
+    for piece in pieces:
+        node = next((node for node in free if all(node[name] > need - 1e-6 for name, need in piece.items())), None)
+        if node is None:
+            missing.update(piece)
+        else:
+            node.subtract(piece)
+    if memory := missing.pop("memory", 0):
+        missing["GiB of memory"] = memory / 2**30
+    return ", ".join(f"{number:g} {name}" for name, number in missing.items())
+
+
+def wait_for(pieces: list[dict[str, float]], seconds: float, every: float = 5.0) -> str:
+    """Returns when the cluster's nodes have a place for each piece, or `seconds` have passed.
 
     The autoscaler is asked only while this waits, and at every look: the request is one for the whole cluster, and what
     Ray Data leaves running there overwrites it every twenty seconds.
 
     Args:
-        wanted: pieces, each of which fits on a node, by resource.
+        pieces: as of `without_place`.
         every: seconds between two looks.
 
     Returns:
-        What there is no place for by then, for people: "2 GPU, 2 train"; "" if there is one for everything.
+        What there is no place for by then (`without_place`).
     """
     from ray.autoscaler.sdk import request_resources
 
     began, asked, told = time.monotonic(), False, ""
     try:
-        while missing := _without_place(wanted):
+        while missing := without_place(pieces, alive_nodes()):
             asked = True
-            request_resources(bundles=wanted)
-            if time.monotonic() - began >= seconds:
+            request_resources(bundles=pieces)
+            left = seconds - (time.monotonic() - began)
+            if left <= 0:
                 return missing
             if missing != told:
-                print(f"waiting at most {seconds / 60:g} minutes for {missing}", flush=True)
+                print(f"waiting at most {left / 60:.1f} minutes for {missing}", flush=True)
                 told = missing
             time.sleep(every)
         return ""
     finally:
         if asked:
             request_resources(bundles=[])
-
-
-def _without_place(wanted: list[dict[str, float]]) -> str:
-    """What finds no place on any node, whatever runs there; pieces are put one by one where the first place is."""
-    import ray
-
-    free = [Counter(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    missing = Counter()
-    for piece in wanted:
-        node = next((node for node in free if all(node[name] > need - 1e-6 for name, need in piece.items())), None)
-        (missing if node is None else node).update({name: -need for name, need in piece.items()})
-    return ", ".join(f"{-number:g} {name}" for name, number in missing.items())

@@ -18,7 +18,7 @@ from ctrdist.pace import Pace
 from ctrdist.report import console_table
 from ctrdist.schema import Schema
 from ctrdist.storage import Manifest, State, fingerprint, masked
-from raycluster import cluster
+from raycluster import cluster, planning
 from raycluster.code_version import code_version
 from raycluster.tracking import MetricsTail, Tracker
 
@@ -74,7 +74,7 @@ class DayOptions:
     compile_release: bool = True
     promote: bool = True
     gate: GateConfig = field(default_factory=GateConfig)
-    plan: cluster.PlanConfig = field(default_factory=cluster.PlanConfig)
+    plan: planning.PlanConfig = field(default_factory=planning.PlanConfig)
     config: str | None = None
 
     job = ""
@@ -117,7 +117,7 @@ class Day:
     previous: Manifest | None
     stages: dict[str, Manifest] = field(default_factory=dict)
     skipped: set[str] = field(default_factory=set)
-    plan: cluster.Plan | None = None
+    plan: planning.Plan | None = None
     tracker: Tracker | None = None
     run_id: str = ""
     memory: cluster.PeakMemory | None = None
@@ -177,7 +177,7 @@ class Day:
         self.claim_state()
         self.tracker = Tracker.open(self.options.tracking_uri, self.state.uri, self.options.experiment)
         cluster.connect()
-        self.plan = cluster.make_plan(
+        self.plan = planning.make_plan(
             self.options.workers, self.options.batch_sizes(), *self.options.encoding(), self.options.plan
         )
         for line in self.plan.lines():
@@ -284,7 +284,6 @@ def open_day(options: DayOptions, test: bool = True) -> Day:
     options.gate.check()
     check_model_name(options.model_name)
     data, state = cluster.absolute(options.data), State(cluster.absolute(options.state))
-    state.forget_copies()
     if "://" not in data and not Path(data).is_dir():
         raise UserError(f"--data {data}: no such folder; make it with jobs/prepare.py")
     schema = Schema.load(f"{data}/schema.yaml")

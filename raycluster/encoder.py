@@ -24,7 +24,8 @@ from ctrdist.text_table import HASHES as HASHES_FILE
 from ctrdist.text_table import create_text_table, load_text_hashes, load_text_table, seal_text_table
 from ctrdist.text_vectors import TextVectors
 from ctrdist.vocabulary import Vocabulary
-from raycluster.cluster import Plan, numbers
+from raycluster.cluster import numbers
+from raycluster.planning import Plan
 from raycluster.tokens import Work, tokenised
 
 Numbered = tuple[np.ndarray, str]

@@ -21,8 +21,8 @@ from ctrdist.schema import LABEL, USER_ID
 from ctrdist.serving.graphs import is_compiled
 from ctrdist.serving.model import ServedModel
 from ctrdist.storage import Manifest, State, fingerprint
-from raycluster.cluster import Plan
 from raycluster.ingest import LogReader
+from raycluster.planning import Plan
 from raycluster.stages.evaluate import score, user_numbers
 from raycluster.versions import CHAMPION, DATE, RELEASE, SERVED_SINCE, Unfit, Version, Versions
 

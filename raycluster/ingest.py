@@ -24,7 +24,8 @@ from ctrdist.schema import USER_ID, Schema
 from ctrdist.serving.ragged import Column
 from ctrdist.storage import State
 from ctrdist.users import latest, latest_values, read_users, user_fields
-from raycluster.cluster import Plan, in_parallel, numbers
+from raycluster.cluster import in_parallel, numbers
+from raycluster.planning import Plan
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,9 @@ class ModelSource:
     def _download(self, folder: Path) -> None:
         for left in folder.parent.glob("new.*"):  # of a process that died
             shutil.rmtree(left)
-        partial, server = Path(tempfile.mkdtemp(dir=folder.parent, prefix="new.")), Server(self.tracking_uri)
+        server = Server(self.tracking_uri)
+        _require_database(server)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="new."))
         try:
             with mlflow_quiet() as mlflow:
                 # `models:/NAME/VERSION` itself would be looked for in the registry of the environment.
@@ -114,12 +116,7 @@ def find_model(model: str, tracking_uri: str | None, state: str) -> ModelSource:
     if not (tracking_uri or state):
         raise UserError(f"--model {model}: give --tracking-uri, or the --state of the job that registered it")
     server = Server(tracking_uri) if tracking_uri else Server.of(None, absolute(state))
-    database = Path(server.uri.removeprefix("sqlite:///"))
-    if not tracking_uri and not database.exists():
-        raise UserError(
-            f"--state {state}: no registry there ({database.name}): a daily job makes one when it releases its first "
-            "day; one that was given a --tracking-uri registers there, so give the same"
-        )
+    _require_database(server)
     name, at, alias = model.removeprefix("models:/").partition("@")
     name, _, version = name.partition("/")
     try:
@@ -131,6 +128,15 @@ def find_model(model: str, tracking_uri: str | None, state: str) -> ModelSource:
             raise RegistryAway(f"--model {model}: the registry at {server.shown} does not answer: {reason}") from None
         raise UserError(f"--model {model}: not in the registry at {server.shown}: {reason}") from None
     return ModelSource(f"models:/{name}/{found.version}", server.uri, f"{found.run_id} {found.creation_timestamp}")
+
+
+def _require_database(server: Server) -> None:
+    """Raise a UserError for a SQLite file that is not on this machine: looking into it would make an empty one."""
+    if server.uri.startswith("sqlite:///") and not Path(server.uri.removeprefix("sqlite:///")).exists():
+        raise UserError(
+            f"{server.shown}: no registry there, on this machine. A daily job makes one in its state unless it has a "
+            "--tracking-uri: give the same. To score or serve on other nodes than the job's, that must be a server"
+        )
 
 
 def remember(model: str, source: ModelSource) -> None:

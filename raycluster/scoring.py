@@ -10,8 +10,8 @@ from ray.data import ActorPoolStrategy
 from ctrdist.errors import UserError
 from ctrdist.scoring import Job, Scored, score_file
 from ctrdist.serving.model import ServedModel
-from raycluster.cluster import Plan
 from raycluster.model_source import ModelSource
+from raycluster.planning import Plan
 
 
 class FileScorer:

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from raycluster.cluster import Plan
 from raycluster.day import Day, DayOptions
+from raycluster.planning import Plan
 
 
 class Turns:

@@ -21,7 +21,7 @@ from ctrdist.space import Dimension, draw, override, parse_space, value_of
 from ctrdist.storage import fingerprint
 from ctrdist.sweep_report import BEST, PAGE, best_options, sweep_page, sweep_table
 from ctrdist.trials import Trial, at_the_edge, rank, shown
-from raycluster import cluster, tuner
+from raycluster import cluster, planning, tuner
 from raycluster.code_version import code_version
 from raycluster.day import Day, DayOptions, close_tracker, open_day, say
 from raycluster.tracking import Tracker
@@ -223,7 +223,7 @@ class Sweep:
             return
         cluster.connect()
         base = self.base
-        plan, at_once = cluster.plan_trials(
+        plan, at_once = planning.plan_trials(
             base.workers, base.batch_sizes(), self.options.at_once, *base.encoding(), base.plan
         )
         at_once = min(at_once, len(waiting))

@@ -22,9 +22,10 @@ from ctrdist.loop import LoopConfig, Record, fit
 from ctrdist.sharded import is_collective
 from ctrdist.storage import Manifest, State, filesystem
 from ctrdist.tasks import Task
-from raycluster.cluster import Plan, user_error
+from raycluster.cluster import user_error
 from raycluster.in_order import InOrder
 from raycluster.ingest import blocks, split
+from raycluster.planning import Plan
 
 MAX_FAILURES = 3
 """How often a training is started again after a worker died."""

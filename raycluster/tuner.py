@@ -22,8 +22,8 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ctrdist.storage import Manifest
 from ctrdist.trials import Trial
 from raycluster import cluster
-from raycluster.cluster import Plan
 from raycluster.day import Day, DayOptions, say
+from raycluster.planning import Plan
 from raycluster.sharing import TrialTracker, Turns, shared_day
 
 EPOCH, AUC = "epoch", "valid_auc"

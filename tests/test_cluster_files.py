@@ -16,6 +16,7 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.scripts.scripts import start
 
 from ctrdist.config import load_yaml
@@ -82,9 +83,10 @@ def test_spot_is_for_what_survives_it(cluster):
 
 
 def test_images_are_those_of_our_ray_and_python(cluster):
-    assert cluster["docker"]["head_image"] == cluster["docker"]["worker_image"] == IMAGE
-    types = cluster["available_node_types"]
-    assert {types[name]["docker"]["worker_image"] for name in ("train", "encode")} == {f"{IMAGE}-gpu"}
+    read = AutoscalingConfig(cluster, skip_content_hash=True)  # as the autoscaler itself does when it makes a node
+    images = {name: read.get_docker_config(name)["image"] for name in cluster["available_node_types"]}
+    assert images == {"head": IMAGE, "data": IMAGE, "train": f"{IMAGE}-gpu", "encode": f"{IMAGE}-gpu"}
+    assert set(read.get_node_type_configs()) == set(images)
     assert f"FROM {IMAGE}${{VARIANT}}" in (ROOT / "deploy" / "Dockerfile").read_text()
 
 
@@ -181,6 +183,9 @@ def test_an_account_is_set_up_once(recorded, tmp_path):
         if call[2] == "put-role-policy":
             policy = yaml.safe_load(call[call.index("--policy-document") + 1])
             assert policy["Version"] == "2012-10-17" and all(s["Effect"] == "Allow" for s in policy["Statement"])
+            for statement in policy["Statement"]:
+                reads = statement["Action"] == "ec2:Describe*"
+                assert statement["Resource"] != "*" or reads or "Condition" in statement, "what is not this cluster's"
     again = [call[2] for call in recorded("bash deploy/aws.sh shop eu-west-1", "aws", answers=ACCOUNT)]
     assert not [name for name in again if name.startswith(("create", "authorize", "add-role"))]
 
@@ -220,9 +225,18 @@ def test_the_nightly_manifest(manifests):
 
 def test_only_spot_groups_tolerate_spot_nodes(manifests):
     groups = manifests[0]["spec"]["jobTemplate"]["rayClusterSpec"]["workerGroupSpecs"]
-    keys = {g["groupName"]: {t["key"] for t in g["template"]["spec"]["tolerations"]} for g in groups}
-    assert "karpenter.sh/capacity-type" in keys["data"] & keys["encode"]
-    assert keys["train"] == {"nvidia.com/gpu"}
+    pods = {g["groupName"]: g["template"]["spec"] for g in groups}
+    keys = {name: {t["key"] for t in pod["tolerations"]} for name, pod in pods.items()}
+    clouds = {"karpenter.sh/capacity-type", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"}
+    assert keys == {"data": clouds, "train": {"nvidia.com/gpu"}, "encode": clouds | {"nvidia.com/gpu"}}
+    for name in ("data", "encode"):
+        wanted = pods[name]["affinity"]["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+        assert {each["preference"]["matchExpressions"][0]["key"] for each in wanted} == clouds
+    (term,) = pods["train"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
+        "nodeSelectorTerms"
+    ]
+    assert {each["key"] for each in term["matchExpressions"]} == clouds
+    assert {each["operator"] for each in term["matchExpressions"]} == {"NotIn"}, "which a node without the label passes"
     gpus = {
         g["groupName"]: g["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
         for g in groups

@@ -18,9 +18,9 @@ from ctrdist.tasks.click import ClickConfig, ClickModel, table_sizes
 from ctrdist.text_field import FuseConfig
 from ctrdist.text_table import load_text_table
 from raycluster import ingest
-from raycluster.cluster import Plan
 from raycluster.day import Day
 from raycluster.ingest import LogReader
+from raycluster.planning import Plan
 from raycluster.stages.read import Days, Read
 from raycluster.trainer import Training, train
 

@@ -19,9 +19,9 @@ from ctrdist.log import RowGroup
 from ctrdist.schema import LABEL, USER_ID
 from ctrdist.storage import Manifest, State, fingerprint
 from raycluster import ingest
-from raycluster.cluster import Plan
 from raycluster.day import Day
 from raycluster.ingest import LogReader
+from raycluster.planning import Plan
 from raycluster.stages.click import encoded_batch
 from raycluster.stages.read import Read
 

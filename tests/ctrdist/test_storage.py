@@ -232,7 +232,7 @@ def test_copies_that_nobody_asks_for_go_and_so_do_those_of_what_is_removed(tmp_p
     for name in "xy":
         os.utime(folders[name], (0, 0))
     assert state.local("y") == folders["y"], "asked for just now"
-    state.forget_copies()
+    state.local(write(state, "new", "new").name)
     assert [name for name in "xyz" if folders[name].exists()] == ["y", "z"]
     state.remove("z")
     assert folders["y"].exists() and not folders["z"].exists()

@@ -15,7 +15,7 @@ from ctrdist.gate import refused
 from ctrdist.language.encode import ShardEncoder
 from ctrdist.language.tokenizer import tokens_to_arrow
 from ctrdist.storage import State
-from raycluster import cluster, trainer
+from raycluster import cluster, planning, trainer
 from raycluster.tokens import tokens_of
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def assert_names_no_path_of_ours(sent: Any) -> None:
         assert folder.encode() not in pickled, folder
 
 
-def _train(training: trainer.Training, _plan: cluster.Plan) -> SimpleNamespace:
+def _train(training: trainer.Training, _plan: planning.Plan) -> SimpleNamespace:
     """A trainer whose worker is this process."""
     assert_names_no_path_of_ours(training)
     shards = {}
@@ -83,7 +83,7 @@ def _train(training: trainer.Training, _plan: cluster.Plan) -> SimpleNamespace:
     return SimpleNamespace(fit=fit)
 
 
-def _encode(work: Any, state: Any, shards: str, model: Any, config: Any, plan: cluster.Plan) -> Iterator:
+def _encode(work: Any, state: Any, shards: str, model: Any, config: Any, plan: planning.Plan) -> Iterator:
     assert_names_no_path_of_ours((work, model, config))
     encoder = ShardEncoder(model, config, state.uri, shards, plan.threads)
     done = encoder(tokens_to_arrow(work.hashes, tokens_of(state.uri, work.texts, work.tokenizer, work.rows)))
@@ -110,8 +110,8 @@ def one_process(registered: bool = False) -> Iterator[None]:
             patch.setattr("raycluster.registry.register", lambda *_: "nowhere")
             patch.setattr("raycluster.registry.pass_gate", lambda *_: refused("not asked"))
         patch.setattr(cluster, "connect", lambda: None)
-        patch.setattr(cluster, "make_plan", lambda *_: cluster.Plan(1, 0, 1.0, 1))
-        patch.setattr(cluster.Plan, "wait_for_places", lambda _: None)
+        patch.setattr(planning, "make_plan", lambda *_, **__: planning.Plan(1, 0, 1.0, 1))
+        patch.setattr(planning.Plan, "wait_for_places", lambda _: None)
         yield
 
 

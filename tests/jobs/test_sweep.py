@@ -27,7 +27,7 @@ from ctrdist.text_field import FuseConfig
 from ctrdist.text_training import LanguageModelConfig
 from jobs import cela_daily, clickprompt_daily, elec_daily
 from jobs import sweep as JOB
-from raycluster import cluster, tuner
+from raycluster import planning, tuner
 from raycluster.day import Day
 from raycluster.sharing import TrialTracker
 from raycluster.stages.elec import FrozenLanguageModelConfig
@@ -90,7 +90,7 @@ def here(in_one_process, monkeypatch) -> list[str]:
     monkeypatch.setattr(Day, "_make", counted)
     monkeypatch.setattr(tuner, "run_trials", run_trials)
     monkeypatch.setattr(tuner, "new_turns", lambda: None)
-    monkeypatch.setattr(cluster, "plan_trials", lambda *_: (cluster.Plan(1, 0, 1.0, 1), 1))
+    monkeypatch.setattr(planning, "plan_trials", lambda *_: (planning.Plan(1, 0, 1.0, 1), 1))
     return made
 
 

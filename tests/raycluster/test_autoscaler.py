@@ -58,7 +58,7 @@ def test_an_idle_cluster_is_asked_once_and_waited_for(growing, capsys):
     assert len(asked) == 40 and all(one == WANTED for one in asked), "asked as long as it waits"
     assert last == [], "and the request is taken back"
     assert capsys.readouterr().out == (
-        "waiting at most 10 minutes for 16 CPU, 2 GPU, 2 train\nwaiting at most 10 minutes for 2 GPU, 2 train\n"
+        "waiting at most 10.0 minutes for 16 CPU, 2 GPU, 2 train\nwaiting at most 9.0 minutes for 2 GPU, 2 train\n"
     )
 
 

@@ -20,8 +20,8 @@ from ctrdist.storage import Manifest, State
 from ctrdist.text_table import HASHES, TABLE, load_text_hashes, load_text_table
 from ctrdist.vocabulary import Vocabulary
 from raycluster import encoder
-from raycluster.cluster import Plan
 from raycluster.encoder import encode_items
+from raycluster.planning import Plan
 from raycluster.tokens import Work
 
 ROOT = Path(__file__).parents[2]
@@ -258,7 +258,7 @@ from tests.raycluster.test_encoder import CONFIG, check, replace, world, write
 cluster.connect()
 state, texts = State({str(tmp_path)!r}), world(30)
 ids = write(state, "texts", texts)
-plan = cluster.make_plan(gpu_share=0.5)
+plan = make_plan(gpu_share=0.5)
 assert (plan.workers, plan.gpus, plan.encoders, plan.encoder_gpus) == (1, 1, 2, 0.5)
 made = encode_items(state, "table", Source({str(tiny_lm)!r}), "texts", CONFIG, plan, "x")
 check(state, made, {str(tiny_lm)!r}, texts, ids)

@@ -17,10 +17,10 @@ from ctrdist.scan import Scan, scan_row_group
 from ctrdist.schema import Schema
 from ctrdist.storage import State
 from ctrdist.vocabulary import Vocabulary
-from raycluster import cluster, ingest
-from raycluster.cluster import make_plan
+from raycluster import ingest, planning
 from raycluster.in_order import InOrder
 from raycluster.ingest import LogReader
+from raycluster.planning import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_blocks_are_dealt_in_turn_and_none_is_dropped(ray_cluster, reader):
 def test_a_distributed_scan_is_the_sum_of_plain_ones(ray_cluster, reader, tmp_path):
     groups = groups_of(reader)
     days = {g.day for g in groups[:2]}
-    found = ingest.scan(reader, groups, dict.fromkeys(days, "counted"), tmp_path / "q", cluster.make_plan())
+    found = ingest.scan(reader, groups, dict.fromkeys(days, "counted"), tmp_path / "q", planning.make_plan())
     schema, _, catalog = reader.open()
     expected = Scan()
     for group in groups:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from ctrdist.storage import Manifest, State
-from raycluster.cluster import Plan
+from raycluster.planning import Plan
 from raycluster.sharing import SharedDay, TrialTracker, Turns
 
 

@@ -16,7 +16,7 @@ from ctrdist.group import Group
 from ctrdist.loop import LoopConfig
 from ctrdist.losses import global_mean
 from ctrdist.tasks import Task
-from raycluster.cluster import PlanConfig, make_plan, plan_trials
+from raycluster.planning import PlanConfig, make_plan, plan_trials
 from raycluster.trainer import Training, train
 
 

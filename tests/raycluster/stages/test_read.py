@@ -19,8 +19,8 @@ from ctrdist.schema import Field, Schema
 from ctrdist.storage import State
 from ctrdist.vocabulary import UNKNOWN, Vocabulary
 from raycluster import ingest
-from raycluster.cluster import Plan
 from raycluster.day import DayOptions, open_day
+from raycluster.planning import Plan
 from raycluster.stages.read import read_log
 
 SCHEMA = Schema(user=(Field("user_id"),), item=(Field("item_id"), Field("brand")), text=("{title}",), history_length=2)

@@ -3,16 +3,17 @@
 import pytest
 
 from ctrdist.errors import UserError
-from raycluster import cluster
-from raycluster.cluster import Plan, PlanConfig, make_plan, plan_trials
+from raycluster import planning
+from raycluster.cluster import check_path
+from raycluster.planning import Plan, PlanConfig, make_plan, plan_trials
 
 GIB = 2**30
 
 
 @pytest.fixture
 def on(monkeypatch):
-    """`on(CPU=..., GPU=..., memory=...)`: a cluster of these resources, memory in GiB, that waits in vain for what is
-    `missing`; returns what is asked of it."""
+    """`on(CPU=..., GPU=...)`: a cluster of a node with these resources, or `of_nodes`, each with `memory` in GiB, that
+    waits in vain for what is `missing`; returns what is asked of it."""
 
     def set_up(memory: float = 64, of_nodes: tuple[dict, ...] = (), missing: str = "", **resources: float) -> list:
         asked = []
@@ -21,10 +22,9 @@ def on(monkeypatch):
             asked.append((wanted, seconds))
             return missing
 
-        monkeypatch.setattr(cluster, "wait_for", waits)
-        monkeypatch.setattr("ray.cluster_resources", lambda: resources | {"memory": memory * GIB})
-        nodes = [{"Alive": True, "Resources": each} for each in (of_nodes or [resources])]
-        monkeypatch.setattr("ray.nodes", lambda: nodes)
+        monkeypatch.setattr(planning, "wait_for", waits)
+        nodes = [each | {"memory": memory * GIB} for each in (of_nodes or [resources])]
+        monkeypatch.setattr(planning, "alive_nodes", lambda: nodes)
         return asked
 
     return set_up
@@ -53,7 +53,7 @@ def test_every_gpu_trains_and_shares_of_it_encode(on):
 
 def test_threads_are_those_of_the_nodes_that_train(on):
     train, encode = {"CPU": 48, "GPU": 4, "train": 4}, {"CPU": 8, "GPU": 1}
-    on(CPU=112, GPU=12, train=4, of_nodes=(train, *[encode] * 8))
+    on(of_nodes=(train, *[encode] * 8))
     assert make_plan(config=PlanConfig(train_on="train")).threads == 12
     assert make_plan().threads == 8
 
@@ -61,7 +61,7 @@ def test_threads_are_those_of_the_nodes_that_train(on):
 def test_places_that_have_gone_are_waited_for_and_then_an_error(on):
     plan, missing = Plan(4, 1, 1.0, 8, train_on="train", wait_minutes=5), "1 CPU, 1 GPU, 1 train"
     asked = on(CPU=16, GPU=3, train=3, missing=missing)
-    said = f"4 training workers of 1 CPU, 1 GPU, 1 train each: no node .* has room for {missing} .*run the job again"
+    said = f"4 training workers of 1 CPU, 1 GPU, 1 train each: no node .* has a place for {missing} .*run the job again"
     with pytest.raises(UserError, match=said):
         plan.wait_for_places()
     assert asked == [([{"CPU": 1.0, "GPU": 1, "train": 1}] * 4, 300)]
@@ -75,9 +75,9 @@ def test_only_some_gpus_train(on):
     assert (plan.workers, plan.encoders) == (4, 12)
     assert plan.worker_resources == {"CPU": 1.0, "GPU": 1, "train": 1}
     assert plan_trials(config=PlanConfig(train_on="train"))[1] == 4 and plan_trials()[1] == 12
-    with pytest.raises(UserError, match="--sweep.at-once 5: 5 workers, and the cluster has 4 GPUs"):
+    with pytest.raises(UserError, match="--sweep.at-once 5: 5 workers, and the cluster has 4 GPUs to train on"):
         plan_trials(at_once=5, config=PlanConfig(train_on="train"))
-    with pytest.raises(UserError, match="--workers 5: the cluster has 4 GPUs"):
+    with pytest.raises(UserError, match="--workers 5: the cluster has 4 GPUs to train on"):
         make_plan(5, config=PlanConfig(train_on="train"))
     with pytest.raises(UserError, match="no GPU of nodes with the resource 'trian' to train on"):
         make_plan(config=PlanConfig(train_on="trian"))
@@ -107,7 +107,7 @@ def test_memory_bounds_the_readers(on):
     assert make_plan().readers == 12
     assert make_plan(config=PlanConfig(reader_gib=4)).readers == 1
     assert make_plan(config=PlanConfig(reader_gib=0)).reader_resources == {"num_cpus": 0.5}
-    with pytest.raises(UserError, match="--plan.reader-gib 8: Ray has 6.0 GiB of memory"):
+    with pytest.raises(UserError, match="--plan.reader-gib 8: no node has so much memory .* at most 6.0 GiB"):
         make_plan(config=PlanConfig(reader_gib=8))
 
 
@@ -123,8 +123,41 @@ def test_more_workers_than_room(on):
     assert make_plan(8).workers == 8
     with pytest.raises(UserError, match="--workers 9: the cluster has 8 CPUs"):
         make_plan(9)
-    with pytest.raises(UserError, match="--plan.worker-cpus 2: 4 workers would leave less than half a CPU of 8"):
+    said = (
+        "--plan.worker-cpus 2: 4 workers of 2 CPU each, and beside them a task that reads the log .*place for 0.5 CPU"
+    )
+    with pytest.raises(UserError, match=said):
         make_plan(4, config=PlanConfig(worker_cpus=2))
+
+
+def test_a_worker_reserves_what_the_nodes_that_train_have_room_for(on):
+    data, few = {"CPU": 64}, {"CPU": 4, "GPU": 8, "train": 8}
+    on(of_nodes=(data, few))
+    plan = make_plan()
+    assert (plan.workers, plan.worker_cpus) == (8, 0.25), "a GPU node with fewer CPUs than GPUs"
+    assert plan_trials(at_once=8)[0].worker_cpus == 0.25
+    on(of_nodes=(data, {"CPU": 8, "GPU": 8, "train": 8}))
+    assert make_plan().worker_cpus == 1.0
+    on(of_nodes=(data, {"GPU": 4}))
+    with pytest.raises(UserError, match="4 workers of 0.25 CPU, 1 GPU each.* no node has a place for 1 CPU, 4 GPU"):
+        make_plan()
+    on(of_nodes=({"CPU": 8, "train": 2}, {"CPU": 8, "GPU": 2}))
+    with pytest.raises(UserError, match="no GPU of nodes with the resource 'train' to train on"):
+        make_plan(config=PlanConfig(train_on="train"))
+
+
+def test_on_some_node_there_is_a_place_to_read_beside_all_workers(on):
+    three = ({"CPU": 2},) * 3
+    on(of_nodes=three)
+    assert make_plan(3, config=PlanConfig(worker_cpus=1.5)).workers == 3
+    with pytest.raises(UserError, match="3 workers of 1.8 CPU each, .*has a place for 0.5 CPU, 0.5 GiB of memory of"):
+        make_plan(3, config=PlanConfig(worker_cpus=1.8))
+    with pytest.raises(UserError, match="--plan.worker-cpus 0.9: 6 workers of 0.9 CPU each"):
+        plan_trials(at_once=6, config=PlanConfig(worker_cpus=0.9))
+    on(of_nodes=three, memory=30)
+    assert make_plan(config=PlanConfig(reader_gib=20)).readers == 3, "one a node, though there are 90 GiB"
+    with pytest.raises(UserError, match="--plan.reader-gib 40: no node has so much memory for Ray's tasks, at most 30"):
+        make_plan(config=PlanConfig(reader_gib=40))
 
 
 def test_what_is_reckoned_with_is_asked_for(on):
@@ -156,8 +189,8 @@ def test_a_negative_number_is_refused():
 
 def test_keys_in_an_address_are_refused():
     with pytest.raises(UserError, match=r"--state s3://\*\*\*@bucket/state: keys in an address"):
-        cluster.check_path("--state", "s3://KEY:SECRET@bucket/state")
-    cluster.check_path("--state", "hdfs://namenode:9000/user@x/state")
+        check_path("--state", "s3://KEY:SECRET@bucket/state")
+    check_path("--state", "hdfs://namenode:9000/user@x/state")
 
 
 def test_the_plan_in_three_lines(on):
