@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import ray
 from ray import cloudpickle, tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ctrdist.storage import Manifest
 from ctrdist.trials import Trial
@@ -266,5 +267,6 @@ def reason(trial: Any) -> str:
 
 
 def new_turns() -> Any:
-    """The `Turns` actor of a sweep, which ends with it."""
-    return ray.remote(num_cpus=0)(Turns).remote()
+    """The `Turns` actor of a sweep, which ends with it: on the driver's node, since any other may leave."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Turns).remote()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from ray._private.state import actors
 
 from ctrdist.datasets.synthetic import SyntheticConfig, prepare
 from ctrdist.storage import State, filesystem
@@ -68,7 +69,15 @@ def test_a_sweep_spreads_its_trials_and_ends_well_though_a_node_is_lost(nodes, d
         "lm.pooling": "mean", "workers": 1, "plan.worker-cpus": 1, "plan.reader-gib": 0.1,
     } | JOBS["cela"]  # fmt: skip
     sweep = {"sweep.trials": 4, "sweep.finalists": 1, "sweep.seeds": 1, "sweep.at-once": 3, "space": "tau2"}
-    out, _ = nodes.run("jobs/sweep.py cela", options | sweep, nodes.exchange_one)
+    homes = set()
+
+    def seen(line: str) -> None:
+        if not nodes.exchanged:  # nodes that work are lost: the head alone must hold what trials share
+            homes.update(a["Address"]["NodeID"] for a in actors().values() if a["ActorClassName"] == "Turns")
+        nodes.exchange_one(line)
+
+    out, _ = nodes.run("jobs/sweep.py cela", options | sweep, seen)
+    assert len(homes) == 1 and not homes & set(nodes.ids())
     assert nodes.exchanged and "4 trials, 3 at a time" in out and "failed:" not in out
     trials = [State(state).find(name).facts for name in State(state).names("sweeps/cela-2024-01-04/trials")]
     assert len(trials) == 4 + 1 and {trial["status"] for trial in trials} <= {"done", "stopped"}
