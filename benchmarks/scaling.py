@@ -10,9 +10,10 @@ The model of a step of W workers is
 
     t(W) = compute + update(W) + hops(W) * latency + bytes(W) / bandwidth
 
-with `compute` of one worker alone; `update` of the rows that W - 1 others touch besides, for replicated tables; hops
-around a ring and bytes as they are counted here for two workers (docs/scale.md has their formulas). Latency and
-bandwidth of this machine's gloo are fitted to the runs of 2 and more workers; a prediction takes those of a network.
+with `compute` of one worker alone; `update` what it takes beyond that to add up and apply the gradients of W workers'
+batches, measured in one process; hops around a ring and bytes as they are counted here for two workers (docs/scale.md
+has their formulas). Latency and bandwidth of this machine's gloo are fitted to the runs of 2 and more workers; a
+prediction takes those that the options say of a network.
 """
 
 import json
@@ -41,9 +42,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import ingest  # noqa: E402
 from benchmarks.step.ours import Ours  # noqa: E402
-from benchmarks.step.world import World  # noqa: E402
+from benchmarks.step.world import DIM, Rows, World  # noqa: E402
 from ctrdist.allocator import keep_freed_memory  # noqa: E402
-from ctrdist.batch import Lookup  # noqa: E402
 from ctrdist.embedding import EmbeddingTable  # noqa: E402
 from ctrdist.group import DistributedGroup, Group, attach_group  # noqa: E402
 from ctrdist.items import Ragged  # noqa: E402
@@ -78,7 +78,7 @@ class Options:
         log_rows: rows of the log that is read.
         predict: workers to predict.
         gigabits: bandwidths of the networks to predict, Gbit/s a worker.
-        latency_us: from a worker to the next, on those networks.
+        latency_us: of each of them, from a worker to the next, with all that software adds: an assumption.
         gpu_step_ms: what to predict beside this machine's own step: a worker whose step takes so long.
     """
 
@@ -94,7 +94,7 @@ class Options:
     log_rows: int = 400_000
     predict: tuple[int, ...] = (8, 32, 128)
     gigabits: tuple[float, ...] = (25.0, 400.0)
-    latency_us: float = 10.0
+    latency_us: tuple[float, ...] = (100.0, 10.0)
     gpu_step_ms: float = 3.0
 
 
@@ -257,16 +257,34 @@ def ingested(sizes: list[int], options: Options) -> Iterator[dict[str, Any]]:
             yield {"workers": size, "rows_per_s": rows / (seconds - first)}
 
 
-def update_seconds(options: Options) -> float:
-    """Seconds to update a row of a replica by gradients that came from another worker."""
-    table, count, found = EmbeddingTable(options.users, 16, RowAdam()), 20_000, []
-    for seed in range(5):
-        ids = np.random.default_rng(seed).choice(options.users - 2, count, replace=False) + 2
-        table(Lookup.of(ids)).square().mean().backward()
-        began = time.perf_counter()
-        table.push(Group())
-        found.append((time.perf_counter() - began) / count)
-    return median(found)
+def update_seconds(options: Options, stage: str, counts: set[int]) -> dict[int, float]:
+    """Seconds that a worker of so many takes to add up and apply the gradients of a step: of a replica the rows of all
+    workers' batches, of a shard those of them that it owns."""
+    torch.set_num_threads(1)
+    world, found = World.of(options.users), {}
+    tables = {name: EmbeddingTable(size, DIM, RowAdam()) for name, size in world.sizes.items()}
+    for count in sorted(counts):
+        got = [received(world.draw(options.batch, seed), count if "sharded" in stage else 1) for seed in range(count)]
+        ids = {name: torch.from_numpy(np.concatenate([one[name] for one in got])) for name in tables}
+        gradients, taken = {name: torch.randn(len(of), DIM) for name, of in ids.items()}, []
+        for _ in range(5):
+            began = time.perf_counter()
+            for name, table in tables.items():
+                table._descend(ids[name], gradients[name], distinct=count == 1, lr_scale=1.0)
+            taken.append(time.perf_counter() - began)
+        found[count] = median(taken)
+    return found
+
+
+def received(rows: Rows, owners: int) -> dict[str, np.ndarray]:
+    """Of a worker's batch, the ids that one of so many owners gets, by table: int64, distinct."""
+    of = {
+        "user": rows.user,
+        "hour": rows.hour,
+        "item": np.concatenate([rows.item, rows.history.ravel()]),
+        "category": np.concatenate([rows.category, rows.history_category.ravel()]),
+    }
+    return {name: ids[ids % owners == 0] for name, ids in ((name, np.unique(ids)) for name, ids in of.items())}
 
 
 # --- predicted ---
@@ -279,15 +297,13 @@ class Step:
     Args:
         sharded: how its tables lie.
         compute: seconds, of one alone.
-        rows_sent: distinct rows of a worker's batch.
-        update: seconds to update a row.
+        update: seconds to add up and apply what a worker's tables get, by the number of workers.
         table_bytes, dense_bytes, hops: with two workers.
     """
 
     sharded: bool
     compute: float
-    rows_sent: float
-    update: float
+    update: dict[int, float]
     table_bytes: float
     dense_bytes: float
     hops: float
@@ -306,22 +322,20 @@ class Step:
         """
         return {
             "compute": self.compute,
-            "update": 0.0 if self.sharded else self.update * self.rows_sent * (workers - 1),
+            "update": self.update[workers] - self.update[1],
             "latency": self.hops * (workers - 1) * latency,
             "bandwidth": self.bytes(workers) / bandwidth,
         }
 
 
-def steps_of(rows: list[dict[str, Any]], update: float, dim: int = 16) -> dict[str, Step]:
+def steps_of(rows: list[dict[str, Any]], updates: dict[str, dict[int, float]]) -> dict[str, Step]:
     """The model's terms of each kind of tables, from the runs of one and of two workers."""
     found = {}
     for stage in ("train replicated", "train sharded"):
         of = {row["workers"]: row for row in rows if row["stage"] == stage}
         if 1 in of and 2 in of:
-            two, each = of[2], 8 + 4 * dim
-            sent = two["table_bytes"] / (each if stage == "train replicated" else (8 + 8 * dim) / 2)
-            costs = (two["table_bytes"], two["dense_bytes"], two["hops"])
-            found[stage] = Step(stage == "train sharded", of[1]["ms"] / 1e3, sent, update, *costs)
+            costs = (of[2]["table_bytes"], of[2]["dense_bytes"], of[2]["hops"])
+            found[stage] = Step(stage == "train sharded", of[1]["ms"] / 1e3, updates[stage], *costs)
     return found
 
 
@@ -341,20 +355,19 @@ def fit(rows: list[dict[str, Any]], steps: dict[str, Step]) -> tuple[float, floa
 
 
 def predict(steps: dict[str, Step], options: Options) -> list[dict[str, Any]]:
-    """Speed and efficiency of large clusters, and the term that takes most after `compute`."""
+    """Speed and efficiency of large clusters, and the term that takes most of a step."""
     out = []
     for stage, step in steps.items():
         for compute in (step.compute, options.gpu_step_ms / 1e3):
-            for gigabits in options.gigabits:
+            for gigabits, latency in zip(options.gigabits, options.latency_us, strict=True):
                 for workers in options.predict:
-                    terms = replace(step, compute=compute).seconds(
-                        workers, options.latency_us / 1e6, gigabits * 1e9 / 8
-                    )
+                    terms = replace(step, compute=compute).seconds(workers, latency / 1e6, gigabits * 1e9 / 8)
                     total = sum(terms.values())
                     out.append({
-                        "stage": stage, "compute_ms": compute * 1e3, "gigabits": gigabits, "workers": workers,
-                        "rows_per_s": workers * options.batch / total, "efficiency": compute / total,
-                        "limit": max(list(terms)[1:], key=terms.get), "ms": {k: v * 1e3 for k, v in terms.items()},
+                        "stage": stage, "compute_ms": compute * 1e3, "gigabits": gigabits, "latency_us": latency,
+                        "workers": workers, "rows_per_s": workers * options.batch / total,
+                        "efficiency": compute / total, "limit": max(terms, key=terms.get),
+                        "ms": {k: v * 1e3 for k, v in terms.items()},
                     })  # fmt: skip
     return out
 
@@ -382,15 +395,16 @@ def show(
         return
     console.print(
         f"fitted here: {fitted['latency_us']:.0f} us a message, {fitted['gigabytes_per_s']:.2f} GB/s, "
-        f"mean error {fitted['error']:.0%}; {fitted['update_ns']:.0f} ns to update a row"
+        f"mean error {fitted['error']:.0%} of {fitted['steps']} steps by these two"
     )
-    table = Table(title=f"Predicted, {options.latency_us:g} us a message")
-    for name in ("stage", "compute ms", "Gbit/s", "workers", "rows/s", "efficiency", "most of the rest"):
+    table = Table(title="Predicted")
+    for name in ("stage", "compute ms", "Gbit/s", "us", "workers", "rows/s", "efficiency", "limited by", "update ms"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for row in predicted:
         table.add_row(
-            row["stage"], f"{row['compute_ms']:.1f}", f"{row['gigabits']:g}", str(row["workers"]),
-            f"{row['rows_per_s']:,.0f}", f"{row['efficiency']:.2f}", row["limit"],
+            row["stage"], f"{row['compute_ms']:.1f}", f"{row['gigabits']:g}", f"{row['latency_us']:g}",
+            str(row["workers"]), f"{row['rows_per_s']:,.0f}", f"{row['efficiency']:.2f}", row["limit"],
+            f"{row['ms']['update']:.1f}",
         )  # fmt: skip
     console.print(table)
 
@@ -400,16 +414,19 @@ def main(options: Options) -> None:
     unknown = set(options.stages) - set(STAGES)
     if unknown:
         raise SystemExit(f"--stages: unknown {', '.join(sorted(unknown))}; known: {', '.join(STAGES)}")
+    if len(options.gigabits) != len(options.latency_us):
+        raise SystemExit(f"--latency-us: one for each of --gigabits, of which there are {len(options.gigabits)}")
     rows = []
     for row in measure(options):
         rows.append(row)
         print(f"{row['stage']}, {row['workers']} workers: {row['rows_per_s']:,.0f} rows/s", file=sys.stderr)
-    update = update_seconds(options)
-    steps, fitted = steps_of(rows, update), {}
+    counts = {1, *options.workers, *options.predict}
+    trained = [stage for stage in ("train replicated", "train sharded") if stage in options.stages]
+    steps, fitted = steps_of(rows, {stage: update_seconds(options, stage, counts) for stage in trained}), {}
     if steps:
         latency, bandwidth, error = fit(rows, steps)
         fitted = {"latency_us": latency * 1e6, "gigabytes_per_s": bandwidth / 1e9, "error": error}
-        fitted["update_ns"] = update * 1e9
+        fitted["steps"] = sum(row["stage"] in steps and row["workers"] > 1 for row in rows)
     predicted = predict(steps, options)
     show(rows, fitted, predicted, options)
     ratios = {f"efficiency_{row['stage'].replace(' ', '_')}_{row['workers']}": row["efficiency"] for row in rows}

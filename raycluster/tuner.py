@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import ray
 from ray import cloudpickle, tune
+from ray.data._internal.cluster_autoscaler import get_or_create_autoscaling_coordinator
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -268,5 +269,6 @@ def reason(trial: Any) -> str:
 
 def new_turns() -> Any:
     """The `Turns` actor of a sweep, which ends with it: on the driver's node, since any other may leave."""
+    get_or_create_autoscaling_coordinator()  # Ray Data's, which stays with who asks first: that would be a trial
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Turns).remote()

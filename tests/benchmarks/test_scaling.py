@@ -9,8 +9,9 @@ from benchmarks.scaling import Options, Step, fit, predict, run, steps_of, work
 
 SMALL = Options(users=3000, batch=128, steps=2, items=4, tokens=8, network="dnn")
 U, D = 20_000.0, 16
-REPLICATED = Step(False, 0.04, U, 2e-7, U * (8 + 4 * D), 80_000.0, 12.0)
-SHARDED = Step(True, 0.05, U, 2e-7, U / 2 * (8 + 8 * D), 80_000.0, 12.0)
+REPLICATED = Step(False, 0.04, {w: 0.004 * w**0.5 for w in range(1, 129)}, U * (8 + 4 * D), 80_000.0, 12.0)
+SHARDED = Step(True, 0.05, {w: 0.004 for w in range(1, 129)}, U / 2 * (8 + 8 * D), 80_000.0, 12.0)
+UPDATES = {"train replicated": REPLICATED.update, "train sharded": SHARDED.update}
 
 
 @pytest.mark.parametrize(("step", "workers", "megabytes"), [
@@ -40,20 +41,44 @@ def planted(latency: float, bandwidth: float) -> list[dict]:
 
 def test_the_fit_finds_what_was_planted():
     rows = planted(2e-4, 5e8)
-    steps = steps_of(rows, 2e-7)
-    for stage, step in (("train replicated", REPLICATED), ("train sharded", SHARDED)):
-        assert vars(steps[stage]) == pytest.approx(vars(step))
+    steps = steps_of(rows, UPDATES)
+    assert steps == {"train replicated": REPLICATED, "train sharded": SHARDED}
     latency, bandwidth, error = fit(rows, steps)
     assert (latency, bandwidth) == pytest.approx((2e-4, 5e8)) and error < 1e-9
 
 
 def test_a_prediction_adds_its_terms_up_and_names_the_largest():
-    options = Options(predict=(8,), gigabits=(25.0,), latency_us=10.0, gpu_step_ms=3.0)
+    options = Options(predict=(8,), gigabits=(25.0,), latency_us=(10.0,), gpu_step_ms=3.0)
     ours, gpu = predict({"train replicated": REPLICATED}, options)
-    terms = {"update": 2e-7 * U * 7, "latency": 12 * 7 * 1e-5, "bandwidth": (U * 72 * 7 + 80_000 * 1.75) / 3.125e9}
-    assert terms["update"] == max(terms.values()) and ours["limit"] == "update"
+    terms = {"update": 0.004 * (8**0.5 - 1), "latency": 12 * 7 * 1e-5}
+    terms["bandwidth"] = (U * 72 * 7 + 80_000 * 1.75) / 3.125e9
+    assert ours["limit"] == "compute" and gpu["limit"] == "update" and terms["update"] == max(terms.values()) > 0.003
     assert ours["rows_per_s"] == pytest.approx(8 * 1024 / (0.04 + sum(terms.values())))
     assert gpu["efficiency"] == pytest.approx(0.003 / (0.003 + sum(terms.values())))
+
+
+def test_what_a_worker_receives_of_a_batch():
+    rows = scaling.World.of(3000).draw(128, 1)
+    whole, part = scaling.received(rows, 1), scaling.received(rows, 3)
+    assert set(whole["item"]) == {*rows.item, *rows.history.ravel()} and set(whole["user"]) == {*rows.user}
+    assert set(part["user"]) == {user for user in rows.user if user % 3 == 0}
+
+
+def test_a_replica_updates_the_distinct_rows_of_all_workers(monkeypatch):
+    """More workers draw more rows, but many are the same; of shards each owner has a few."""
+    real, touched = scaling.EmbeddingTable._descend, []
+
+    def count(table, ids, gradients, distinct, lr_scale):
+        real(table, ids, gradients, distinct, lr_scale)
+        touched.append(table.rows_touched)
+
+    monkeypatch.setattr(scaling.EmbeddingTable, "_descend", count)
+    for stage, share in (("train replicated", 1), ("train sharded", 3)):
+        touched.clear()
+        found = scaling.update_seconds(SMALL, stage, {3})
+        draws = [scaling.World.of(SMALL.users).draw(SMALL.batch, seed) for seed in range(3)]
+        users = {user for rows in draws for user in rows.user if user % share == 0}
+        assert touched[0] == len(users) and found[3] > 0
 
 
 def test_two_workers_are_counted(tmp_path):
@@ -83,7 +108,7 @@ def test_a_whole_run_prints_tables_and_one_json_line(monkeypatch, capsys):
         }
 
     monkeypatch.setattr(scaling, "run", made)
-    monkeypatch.setattr(scaling, "update_seconds", lambda options: 2e-7)
+    monkeypatch.setattr(scaling, "update_seconds", lambda options, stage, counts: UPDATES[stage])
     scaling.main(Options(stages=tuple(steps)))
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
