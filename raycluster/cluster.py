@@ -100,6 +100,13 @@ def user_error(error: BaseException) -> UserError | None:
     return next((found for e in inner if isinstance(e, BaseException) and (found := user_error(e))), None)
 
 
+def has_dashboard() -> bool:
+    """Whether the connected Ray has one, which answers questions about its actors."""
+    from ray._private.services import get_webui_url_from_internal_kv
+
+    return bool(get_webui_url_from_internal_kv())
+
+
 def in_submitted_job() -> bool:
     """Whether this process was started by `ray job submit`."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

@@ -14,6 +14,7 @@ import ray.train
 from pyarrow.fs import FileType, LocalFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import PreemptionError
 
 from ctrdist.checkpoint import Progress
@@ -22,7 +23,7 @@ from ctrdist.loop import LoopConfig, Record, fit
 from ctrdist.sharded import is_collective
 from ctrdist.storage import Manifest, State, filesystem
 from ctrdist.tasks import Task
-from raycluster.cluster import user_error
+from raycluster.cluster import has_dashboard, user_error
 from raycluster.in_order import InOrder
 from raycluster.ingest import blocks, split
 from raycluster.planning import Plan
@@ -111,7 +112,20 @@ def train(training: Training, plan: Plan) -> Manifest:
     return manifest
 
 
-def _trainer(training: Training, plan: Plan) -> TorchTrainer:
+class Trainer(TorchTrainer):
+    """Ray Train's, without two of its habits."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Not the one that asks the dashboard every second whether all is well: where there is none, as in a local Ray,
+        a training ends twelve seconds late, when it has waited long enough for an answer."""
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if has_dashboard() or not isinstance(c, PlacementGroupCleanerCallback)]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Not at all: it would end the job as if all were well, now and in every later stage."""
+
+
+def _trainer(training: Training, plan: Plan) -> Trainer:
     datasets = {}
     if training.train_stream:
         # After the last epoch's checkpoint nothing is left to train on, but the stream must have something in it.
@@ -121,7 +135,7 @@ def _trainer(training: Training, plan: Plan) -> TorchTrainer:
         datasets["valid"] = training.valid_stream()
     # Ray Train restores an earlier run of the same name; ours goes on from its own checkpoint.
     name = f"{training.inputs}-{time.time_ns()}"
-    return TorchTrainer(
+    return Trainer(
         _work,
         train_loop_config={"training": training},
         datasets=datasets,

@@ -1,6 +1,7 @@
 """Ray Train around the loop: any number of workers gives one result, and a death in the middle changes nothing."""
 
 import os
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ray.train import TrainingFailedError
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from ctrdist.loop import LoopConfig
 from ctrdist.losses import global_mean
 from ctrdist.tasks import Task
 from raycluster.planning import PlanConfig, make_plan, plan_trials
-from raycluster.trainer import Training, train
+from raycluster.trainer import Training, _trainer, train
 
 
 class Rows:
@@ -89,13 +91,23 @@ def state(tmp_path_factory) -> Path:
 
 
 def test_one_worker_two_workers_and_a_death_end_alike(ray_cluster, state, capsys):
-    plan = make_plan(2)
+    plan, interrupt = make_plan(2), signal.getsignal(signal.SIGINT)
     alone = train(training(state, "one", Regression), replace(plan, workers=1))
     both = train(training(state, "two", partial(Regression, str(state / "died"))), plan)
     assert (state / "died").exists() and "a training worker died; going on" in capsys.readouterr().out
     torch.testing.assert_close(weights(state, alone), weights(state, both), rtol=0, atol=1e-12)
     assert both.facts["workers"] == 2 and both.facts["losses"][-1][0] == 10
     assert not list(state.glob("two.checkpoint*")) and not list(state.glob("*.ray"))
+    assert signal.getsignal(signal.SIGINT) is interrupt, "Ctrl-C is what it was"
+
+
+@pytest.mark.parametrize("dashboard", [False, True])
+def test_nobody_waits_for_a_dashboard_that_is_not_there(ray_cluster, state, monkeypatch, dashboard):
+    if dashboard:
+        monkeypatch.setattr("raycluster.trainer.has_dashboard", lambda: True)
+    callbacks = _trainer(training(state, "callbacks", Regression), make_plan(1))._create_default_callbacks()
+    assert dashboard == any(isinstance(each, PlacementGroupCleanerCallback) for each in callbacks)
+    assert len(callbacks) > 3
 
 
 def test_what_a_worker_finds_wrong_reaches_the_user(ray_cluster, state):
