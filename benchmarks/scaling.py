@@ -322,7 +322,7 @@ class Step:
         """
         return {
             "compute": self.compute,
-            "update": self.update[workers] - self.update[1],
+            "update": max(0.0, self.update[workers] - self.update[1]),
             "latency": self.hops * (workers - 1) * latency,
             "bandwidth": self.bytes(workers) / bandwidth,
         }

@@ -39,7 +39,7 @@ for role in ctrdist-head ctrdist-worker; do  # each piece by itself: an earlier 
   aws iam put-role-policy --role-name $role --policy-name objects --policy-document "$objects"
   aws iam attach-role-policy --role-name $role --policy-arn arn:aws:iam::aws:policy/AmazonSSMManagedInstanceCore
 done
-aws iam put-role-policy --role-name ctrdist-head --policy-name launch --policy-document "$launch"
+aws iam put-role-policy --role-name ctrdist-head --policy-name launch-$region --policy-document "$launch"
 
 find_group() {
   aws ec2 describe-security-groups --filters Name=group-name,Values=ctrdist --query 'SecurityGroups[0].GroupId' --output text

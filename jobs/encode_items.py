@@ -84,11 +84,11 @@ def run(options: EncodeOptions) -> None:
         say("the table is of these texts and this language model already; nothing to do")
         return show(state, before)
     earlier = [before] if before else []
-    report = Progress("encode", "texts").items
     plan = planning.make_plan(encoders=options.encode.encoders, gpu_share=options.encode.gpu_share, config=options.plan)
     say(f"plan       {plan.lines()[1]}")
     show(state, encode_items(
-        state, TABLE, model, ITEMS, options.encode, plan, inputs, previous=earlier, progress=report
+        state, TABLE, model, ITEMS, options.encode, plan, inputs, previous=earlier,
+        progress=Progress("encode", "texts").items,
     ))  # fmt: skip
 
 

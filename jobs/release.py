@@ -67,7 +67,7 @@ class OnRows(Registry):
         test_days: days after the date to test on.
         seed: decides the resamples.
         gate: what a version may lose.
-        plan: how the cluster's resources are shared out, and what to wait for on one that grows by itself.
+        plan: how the cluster's resources are shared out, and what to wait for on one that grows by itself; no GPUs.
     """
 
     data: str = ""
@@ -217,7 +217,7 @@ def gate_of(options: OnRows, state: State, newest: Manifest, versions: Versions,
     groups = list_row_groups(data, files, days, schema)
     cluster.connect()
     reader = LogReader(data, state.uri, newest.facts["read"])
-    plan = planning.make_plan(config=options.plan)
+    plan = planning.make_plan(config=options.plan, on_gpus=False)
     return Gate(state, plan, versions, reader, groups, options.gate, options.seed)
 
 
@@ -234,4 +234,4 @@ def show(versions: Versions, challenger: str, champion: str | None, decision: di
 COMMANDS = {"list": List(), "compare": Compare(), "promote": Promote(), "rollback": Rollback()}
 
 if __name__ == "__main__":
-    cli.main(lambda: run(cli.parse_command(COMMANDS, __doc__)))
+    cli.main(lambda: run(cli.parse_command(COMMANDS, __doc__)), "`list` says which version serves")

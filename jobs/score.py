@@ -44,7 +44,7 @@ class ScoreOptions:
         keep: columns that the scored files have besides `user_id`, `item_id` and `probability`.
         max_bad_fraction: largest share of rows without user or item with which the job succeeds.
         workers: files that are scored at once; 0 takes as many as the cluster has room for.
-        plan: how the cluster's resources are shared out, and what to wait for on one that grows by itself.
+        plan: how the cluster's resources are shared out, and what to wait for on one that grows by itself; no GPUs.
         config: YAML file of options; `score.yaml` in the working folder is read if it is there.
     """
 
@@ -77,8 +77,8 @@ def run(options: ScoreOptions) -> None:
     jobs = find_jobs(options, source)
     cluster.connect()
     say(f"score      {len(jobs):,} files with {source.name}")
+    plan = planning.make_plan(options.workers, config=options.plan, on_gpus=False)
     began, progress = time.monotonic(), Progress("score", "files")
-    plan = planning.make_plan(options.workers, config=options.plan)
     found = score_files(jobs, source, options.keep, plan, progress.items)
     show(options, source, found, time.monotonic() - began)
     rows, bad = sum(one.rows for one in found), sum(one.bad for one in found)

@@ -26,9 +26,14 @@ def without_place(pieces: list[dict[str, float]], nodes: list[dict[str, float]])
             missing.update(piece)
         else:
             node.subtract(piece)
-    if memory := missing.pop("memory", 0):
-        missing["GiB of memory"] = memory / 2**30
-    return ", ".join(f"{number:g} {name}" for name, number in missing.items())
+    return in_words(missing)
+
+
+def in_words(resources: dict[str, float]) -> str:
+    """Resources by Ray's names, for people: "2 GPU, 0.5 GiB of memory"."""
+    gib = {"GiB of memory": resources["memory"] / 2**30} if resources.get("memory") else {}
+    rest = {name: number for name, number in resources.items() if name != "memory"}
+    return ", ".join(f"{number:g} {name}" for name, number in (rest | gib).items())
 
 
 def wait_for(pieces: list[dict[str, float]], seconds: float, every: float = 5.0) -> str:

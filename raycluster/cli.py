@@ -64,12 +64,16 @@ def _cli(type_: Any, arguments: list[str], **options: Any) -> Any:
         raise SystemExit(1 if stop.code else 0) from None
 
 
-def main(job: Callable[[], None]) -> None:
-    """Run a job; a UserError is printed without a stack trace and becomes exit status 1, Ctrl-C likewise and 130."""
+def main(job: Callable[[], None], stopped: str = "what is done stays, and the same command goes on from there") -> None:
+    """Run a job; a UserError is printed without a stack trace and becomes exit status 1, Ctrl-C likewise and 130.
+
+    Args:
+        stopped: what to know after Ctrl-C.
+    """
     try:
         job()
     except KeyboardInterrupt:
-        print("stopped: what is done stays, and the same command goes on from there", file=sys.stderr, flush=True)
+        print(f"stopped: {stopped}", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     except Exception as error:
         wrong = user_error(error)

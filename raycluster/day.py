@@ -363,6 +363,7 @@ class Progress:
                 return
         if self.first_step is None:
             self.first_step, self.began = record["step"], now
+            self.pace.began = self.pace.said = now  # it may have waited for nodes
         done = record["step"] - self.first_step
         if not done or not self.pace.due(now):
             return

@@ -81,6 +81,15 @@ class Server:
         return cls(uri, f"{root.as_uri() if root else state}/mlflow-artifacts")
 
     @property
+    def file(self) -> Path | None:
+        """The file of a SQLite database."""
+        if not self.uri.startswith("sqlite"):
+            return None
+        import sqlalchemy
+
+        return Path(sqlalchemy.engine.make_url(self.uri).database or "")
+
+    @property
     def shown(self) -> str:
         """The URI as it may be shown."""
         return masked(self.uri)
@@ -90,8 +99,8 @@ class Server:
         """The `mlflow.MlflowClient`, made on first use: that of a database connects at once."""
         with self._lock:
             if self._client is None:
-                if self.uri.startswith("sqlite:///"):
-                    Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+                if self.file:
+                    self.file.parent.mkdir(parents=True, exist_ok=True)
                 self._probe()
                 with mlflow_quiet() as mlflow:
                     client = mlflow.MlflowClient(tracking_uri=self.uri)

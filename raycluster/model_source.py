@@ -132,7 +132,7 @@ def find_model(model: str, tracking_uri: str | None, state: str) -> ModelSource:
 
 def _require_database(server: Server) -> None:
     """Raise a UserError for a SQLite file that is not on this machine: looking into it would make an empty one."""
-    if server.uri.startswith("sqlite:///") and not Path(server.uri.removeprefix("sqlite:///")).exists():
+    if server.file and not server.file.exists():
         raise UserError(
             f"{server.shown}: no registry there, on this machine. A daily job makes one in its state unless it has a "
             "--tracking-uri: give the same. To score or serve on other nodes than the job's, that must be a server"

@@ -4,10 +4,12 @@ import math
 from dataclasses import dataclass, field, replace
 
 from ctrdist.errors import UserError
-from raycluster.autoscaler import alive_nodes, wait_for, without_place
+from raycluster.autoscaler import alive_nodes, in_words, wait_for, without_place
 
 READER_CPUS = 0.5
 """CPUs that a task reserves which reads the log: what it reads mostly waits for storage."""
+TRIAL_CPUS = 0.01
+"""CPUs that a trial's own process reserves: it waits for its stages' workers, which have theirs."""
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,32 @@ class Plan:
         return {"CPU": self.worker_cpus} | ({"GPU": self.gpus} if self.gpus else {}) | _one(self.train_on)
 
     @property
+    def places(self) -> list[dict[str, float]]:
+        """What Ray must have room for at a time: all training processes, and a task that reads for them."""
+        reader = {"CPU": READER_CPUS} | ({"memory": self.reader_bytes} if self.reader_bytes else {})
+        return [self.worker_resources] * self.workers + [reader]
+
+    @property
     def reader_resources(self) -> dict[str, float]:
         """What Ray reserves for each task that reads the log, as its options call it."""
         return {"num_cpus": READER_CPUS} | ({"memory": self.reader_bytes} if self.reader_bytes else {})
 
     def wait_for_places(self) -> None:
-        """Returns when the nodes have places for the training processes: some may leave while nobody trains.
+        """Returns when the nodes have all `places`: some may leave while nobody trains.
 
         Raises:
             UserError: they have not had them for `wait_minutes`.
         """
-        if missing := wait_for([self.worker_resources] * self.workers, 60 * self.wait_minutes):
+        if missing := wait_for(self.places, 60 * self.wait_minutes):
             raise UserError(
-                f"{self.workers} training workers of {_words(self.worker_resources)} each: no node of the cluster has "
-                f"a place for {missing} of that by now (`ray status` says why): run the job again, it goes on from here"
+                f"{self.places_in_words()}: no node has a place for {missing} of that by now (`ray status` says why): "
+                "run the job again, it goes on from here"
             )
+
+    def places_in_words(self) -> str:
+        """Its `places`, for people."""
+        *_, worker, reader = map(in_words, self.places)
+        return f"{self.workers} workers of {worker} each, and a task beside them that reads the log ({reader})"
 
     def lines(self) -> tuple[str, str, str]:
         """The plan, for people."""
@@ -113,6 +126,7 @@ def make_plan(
     encoders: int = 0,
     gpu_share: float = 1.0,
     config: PlanConfig | None = None,
+    on_gpus: bool = True,
 ) -> Plan:
     """A plan for the cluster's resources now, or when its autoscaler has brought what `config` reckons with.
 
@@ -124,16 +138,19 @@ def make_plan(
         batch_sizes: rows of each global batch, by the option that sets it.
         encoders: how many encode at most; 0 takes as many as there is room for on the nodes that are there.
         gpu_share: share of a GPU that each of them reserves, where there are GPUs.
+        on_gpus: without, GPUs are left alone, and those that `config` names not waited for.
 
     Raises:
         UserError: the cluster is too small, says what is missing; or a batch does not divide.
     """
     config = config or PlanConfig()
+    if not on_gpus:
+        config = replace(config, gpus=0, train_on="")
     if missing := wait_for(_wanted(config), config.wait_minutes * 60):
         print(f"warning: {missing} have not come within {config.wait_minutes:g} minutes; going on without", flush=True)
     nodes = alive_nodes()
     has = _has(nodes, config)
-    cpus, gpus = int(has.get("CPU", 0)), int(has.get("GPU", 0))
+    cpus, gpus = int(has.get("CPU", 0)), int(has.get("GPU", 0)) if on_gpus else 0
     places = _training_gpus(nodes, config)
     if cpus < 2:
         raise UserError(
@@ -150,6 +167,7 @@ def make_plan(
         workers = _count_workers(workers, places, places, "GPUs to train on", batch_sizes or {})
     else:
         workers = _count_workers(workers, cpus, max(2, cpus // 4), "CPUs", batch_sizes or {})
+    fit = _places_to_read(nodes, config)
     plan = Plan(
         workers,
         1 if gpus else 0,
@@ -157,13 +175,13 @@ def make_plan(
         config.threads or max(1, min(cpus // workers, _cpus_a_gpu(nodes, config) if gpus else cpus)),
         encoders=encoders or (int(gpus * int(1 / gpu_share)) if gpus else workers),
         encoder_gpus=gpu_share if gpus else 0.0,
-        readers=config.readers or _places_to_read(nodes, config),
+        readers=config.readers or fit,
         reader_bytes=int(config.reader_gib * 2**30),
         train_on=config.train_on,
         wait_minutes=config.wait_minutes,
         cluster=has,
     )
-    return replace(plan, worker_cpus=_worker_cpus(plan, workers, nodes, config))
+    return replace(plan, worker_cpus=_worker_cpus(plan, [], nodes, config))
 
 
 def _training_gpus(nodes: list[dict[str, float]], config: PlanConfig) -> int:
@@ -197,20 +215,20 @@ def _places_to_read(nodes: list[dict[str, float]], config: PlanConfig) -> int:
     return fit
 
 
-def _worker_cpus(plan: Plan, workers: int, nodes: list[dict[str, float]], config: PlanConfig) -> float:
-    """CPUs that each of all `workers` at a time reserves: what the options say, else one where there are four for each
-    and places for them, else a quarter."""
-    few = plan.cluster["CPU"] < 4 * workers
-    reader = {"CPU": READER_CPUS, "memory": plan.reader_bytes}
+def _worker_cpus(
+    plan: Plan, beside: list[dict[str, float]], nodes: list[dict[str, float]], config: PlanConfig
+) -> float:
+    """CPUs that each of a plan's workers reserves: what the options say, else one where there are four for each and
+    places for them, and for what else runs `beside`, else a quarter."""
+    few = plan.cluster["CPU"] < 4 * plan.workers
     for share in [config.worker_cpus] if config.worker_cpus else [0.25] if few else [1.0, 0.25]:
-        worker = replace(plan, worker_cpus=share).worker_resources
-        missing = without_place([worker] * workers + [reader], nodes)
+        plan = replace(plan, worker_cpus=share)
+        missing = without_place(beside + plan.places, nodes)
         if not missing:
             return share
+    given = f"--plan.worker-cpus {share:g}: " if config.worker_cpus else ""
     raise UserError(
-        f"--plan.worker-cpus {share:g}: {workers} workers of {_words(worker)} each, and beside them a task that reads "
-        f"the log ({READER_CPUS:g} CPU, {config.reader_gib:g} GiB of memory): no node has a place for {missing} of "
-        "that; give less of it, or fewer workers"
+        f"{given}{plan.places_in_words()}: no node has a place for {missing} of that; give less of it, or fewer workers"
     )
 
 
@@ -256,7 +274,7 @@ def plan_trials(
     busy = at_once * plan.workers
     return replace(
         plan,
-        worker_cpus=_worker_cpus(plan, busy, nodes, config),
+        worker_cpus=_worker_cpus(replace(plan, workers=busy), [{"CPU": TRIAL_CPUS}] * at_once, nodes, config),
         threads=config.threads or max(1, min(cpus // busy, plan.threads)),
         encoders=encoders or max(1, plan.encoders // at_once),
         readers=config.readers or max(1, plan.readers // at_once),
@@ -271,7 +289,3 @@ def _wanted(config: PlanConfig) -> list[dict[str, float]]:
 
 def _one(resource: str) -> dict[str, float]:
     return {resource: 1} if resource else {}
-
-
-def _words(resources: dict[str, float]) -> str:
-    return ", ".join(f"{number:g} {name}" for name, number in resources.items())

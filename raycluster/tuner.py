@@ -25,13 +25,11 @@ from ctrdist.storage import Manifest
 from ctrdist.trials import Trial
 from raycluster import cluster
 from raycluster.day import Day, DayOptions, say
-from raycluster.planning import Plan
+from raycluster.planning import TRIAL_CPUS, Plan
 from raycluster.sharing import TrialTracker, Turns, shared_day
 
 EPOCH, AUC = "epoch", "valid_auc"
 """What a trial reports after each epoch of the stage that ends in the served model."""
-TRIAL_CPUS = 0.01
-"""CPUs that a trial's own process reserves: it waits for its stages' workers, which have theirs."""
 
 SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would stop at Ctrl-C and return as if all were well

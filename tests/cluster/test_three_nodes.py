@@ -74,7 +74,8 @@ def test_a_sweep_spreads_its_trials_and_ends_well_though_a_node_is_lost(nodes, d
     def seen(line: str) -> None:
         if not nodes.exchanged:  # nodes that work are lost: the head alone must hold what trials share
             shared = ("Turns", "_AutoscalingCoordinatorActor")
-            homes.update(a["Address"]["NodeID"] for a in actors().values() if a["ActorClassName"] in shared)
+            known = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
+            homes.update(a["Address"]["NodeID"] for a in known if a["ActorClassName"] in shared)
         nodes.exchange_one(line)
 
     out, _ = nodes.run("jobs/sweep.py cela", options | sweep, seen)

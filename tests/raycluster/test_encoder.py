@@ -253,8 +253,8 @@ from ctrdist.language.encode import Source
 from ctrdist.storage import State
 from raycluster import cluster
 from raycluster.encoder import encode_items
-from raycluster.tokens import Work
-from tests.raycluster.test_encoder import CONFIG, check, replace, world, write
+from raycluster.planning import make_plan
+from tests.raycluster.test_encoder import CONFIG, check, world, write
 cluster.connect()
 state, texts = State({str(tmp_path)!r}), world(30)
 ids = write(state, "texts", texts)

@@ -61,10 +61,10 @@ def test_threads_are_those_of_the_nodes_that_train(on):
 def test_places_that_have_gone_are_waited_for_and_then_an_error(on):
     plan, missing = Plan(4, 1, 1.0, 8, train_on="train", wait_minutes=5), "1 CPU, 1 GPU, 1 train"
     asked = on(CPU=16, GPU=3, train=3, missing=missing)
-    said = f"4 training workers of 1 CPU, 1 GPU, 1 train each: no node .* has a place for {missing} .*run the job again"
+    said = f"4 workers of 1 CPU, 1 GPU, 1 train each, .*: no node has a place for {missing} .*run the job again"
     with pytest.raises(UserError, match=said):
         plan.wait_for_places()
-    assert asked == [([{"CPU": 1.0, "GPU": 1, "train": 1}] * 4, 300)]
+    assert asked == [([{"CPU": 1.0, "GPU": 1, "train": 1}] * 4 + [{"CPU": 0.5}], 300)]
     on(CPU=16, GPU=4, train=4)
     plan.wait_for_places()
 
@@ -123,9 +123,7 @@ def test_more_workers_than_room(on):
     assert make_plan(8).workers == 8
     with pytest.raises(UserError, match="--workers 9: the cluster has 8 CPUs"):
         make_plan(9)
-    said = (
-        "--plan.worker-cpus 2: 4 workers of 2 CPU each, and beside them a task that reads the log .*place for 0.5 CPU"
-    )
+    said = "--plan.worker-cpus 2: 4 workers of 2 CPU each, and a task beside them .*place for 0.5 CPU"
     with pytest.raises(UserError, match=said):
         make_plan(4, config=PlanConfig(worker_cpus=2))
 
@@ -154,10 +152,20 @@ def test_on_some_node_there_is_a_place_to_read_beside_all_workers(on):
         make_plan(3, config=PlanConfig(worker_cpus=1.8))
     with pytest.raises(UserError, match="--plan.worker-cpus 0.9: 6 workers of 0.9 CPU each"):
         plan_trials(at_once=6, config=PlanConfig(worker_cpus=0.9))
+    on(CPU=2)
+    with pytest.raises(UserError, match="2 workers of 0.75 CPU each"):  # whose own processes take 0.01 CPU each
+        plan_trials(at_once=2, config=PlanConfig(worker_cpus=0.75))
     on(of_nodes=three, memory=30)
     assert make_plan(config=PlanConfig(reader_gib=20)).readers == 3, "one a node, though there are 90 GiB"
     with pytest.raises(UserError, match="--plan.reader-gib 40: no node has so much memory for Ray's tasks, at most 30"):
-        make_plan(config=PlanConfig(reader_gib=40))
+        make_plan(config=PlanConfig(reader_gib=40, readers=1))
+
+
+def test_gpus_are_left_alone_by_what_has_no_use_for_them(on):
+    asked = on(CPU=64, GPU=1)
+    plan = make_plan(8, config=PlanConfig(cpus=8, gpus=4, train_on="train"), on_gpus=False)
+    assert (plan.workers, plan.gpus, plan.worker_resources) == (8, 0, {"CPU": 1.0})
+    assert asked == [([{"CPU": 1}] * 8, 1200)] and make_plan(on_gpus=False).workers == 16
 
 
 def test_what_is_reckoned_with_is_asked_for(on):

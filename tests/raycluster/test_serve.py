@@ -324,6 +324,7 @@ def test_what_is_not_there_is_said(registry, tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}/mlflow.db: no registry there, on this machine"):
         find_model("models:/cela@champion", None, str(tmp_path))
     assert not (tmp_path / "mlflow.db").exists(), "looking makes none"
+    assert find_model("models:/cela/3", f"{registry.tracking_uri}?timeout=30", "").version == "3"
     with pytest.raises(UserError, match="on object storage, .*: give a server or database with --tracking-uri"):
         find_model("models:/cela@champion", None, "s3://bucket/state")
     assert find_model("models:/cela/3", registry.tracking_uri, "").version == "3"
