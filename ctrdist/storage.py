@@ -70,9 +70,12 @@ def write_whole(uri: str) -> Iterator[Path]:
     """A local path to write a file to; it stands at `uri`, a path or URI, when the block ends, and not if it fails."""
     filesystem_, target = filesystem(uri)
     local = isinstance(filesystem_, fs.LocalFileSystem)
-    filesystem_.create_dir(str(Path(target).parent), recursive=True)
-    with tempfile.TemporaryDirectory(dir=Path(target).parent if local else None, prefix=".") as folder:
-        path = Path(folder) / Path(target).name
+    folder, name = Path(target).parent, Path(target).name
+    filesystem_.create_dir(str(folder), recursive=True)
+    for left in folder.glob(f".{glob.escape(name)}.*") if local else ():  # of a process that died
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder if local else None, prefix=f".{name}.") as partial:
+        path = Path(partial) / name
         yield path
         if local:
             os.replace(path, target)

@@ -12,7 +12,7 @@ from pyarrow import fs
 from ctrdist import storage
 from ctrdist.errors import UserError
 from ctrdist.group import Group
-from ctrdist.storage import State, filesystem, fingerprint, masked
+from ctrdist.storage import State, filesystem, fingerprint, masked, write_whole
 
 
 @pytest.fixture(params=["local", "file://", "remote", "s3"])
@@ -338,3 +338,18 @@ def test_where_one_of_two_fails_the_earlier_output_stays(state, failing: int):
     # The other waits in vain, or finds the folder gone.
     assert isinstance(raised[1 - failing], threading.BrokenBarrierError | FileNotFoundError)
     assert state.find("both") == before and state.local("both").exists()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / ".x.parquet.died").mkdir()
+    (tmp_path / ".x.parquet.died" / "x.parquet").write_text("half")
+    with pytest.raises(ZeroDivisionError):
+        with write_whole(f"{tmp_path}/x.parquet") as partial:
+            partial.write_text("half")
+            raise ZeroDivisionError
+    assert not list(tmp_path.iterdir()), "and what a process that died has left goes"
+    with write_whole(f"{tmp_path}/inner/x.parquet") as partial:
+        partial.write_text("whole")
+        assert not (tmp_path / "inner" / "x.parquet").exists()
+    assert [path.name for path in (tmp_path / "inner").iterdir()] == ["x.parquet"]
+    assert (tmp_path / "inner" / "x.parquet").read_text() == "whole"

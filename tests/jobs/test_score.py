@@ -34,6 +34,7 @@ def options(small_log: Path, small_artifact: Path, tmp_path: Path) -> JOB.ScoreO
 def times(folder: Path) -> dict[str, int]:
     """When each scored file was written."""
     paths = [path for path in folder.rglob("*.parquet") if "_quarantine" not in path.parts]
+    paths = [path for path in paths if not path.parent.name.startswith(".")]  # what an actor is just writing
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in paths}
 
 
