@@ -16,6 +16,7 @@ has their formulas). Latency and bandwidth of this machine's gloo are fitted to 
 prediction takes those that the options say of a network.
 """
 
+import gc
 import json
 import os
 import sys
@@ -210,6 +211,8 @@ def work(rank: int, size: int, together: bool, stage: str, options: Options, fol
         "hops": (getattr(group, "hops", 0) - hops) / options.steps + 2 * others * buckets(dense),
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    del step
+    gc.collect()  # if DDP's reducer held the group last, it would wait for threads that wait for Python's lock
     if together:
         dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ on two cores beside one on one, and beside two that have nothing to do with each
 Other libraries are measured where they are installed: `pip install -e '.[peers]'`.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -125,6 +126,8 @@ def work(rank: int, size: int, together: bool, network: str, users: int, batch: 
         ours.step(rows)
         seconds.append(time.perf_counter() - began)
     Path(folder, f"{rank}.json").write_text(json.dumps(median(seconds[5:])))
+    del ours
+    gc.collect()  # if DDP's reducer held the group last, it would wait for threads that wait for Python's lock
     if together:
         dist.destroy_process_group()
 
