@@ -352,7 +352,6 @@ class Progress:
 
     def __init__(self, stage: str, things: str = "items") -> None:
         self.stage, self.things, self.pace = stage, things, Pace()
-        self.began = self.pace.began
         self.first_step: float | None = None
 
     def __call__(self, record: dict) -> None:
@@ -362,12 +361,12 @@ class Progress:
                 say(f"{self.stage:10} epoch {record['epoch']:.0f}: {title} {record[name]:.4f}")
                 return
         if self.first_step is None:
-            self.first_step, self.began = record["step"], now
+            self.first_step = record["step"]
             self.pace.began = self.pace.said = now  # it may have waited for nodes
         done = record["step"] - self.first_step
         if not done or not self.pace.due(now):
             return
-        left = (record["steps"] - record["step"]) * (now - self.began) / done
+        left = (record["steps"] - record["step"]) * (now - self.pace.began) / done
         say(
             f"{self.stage:10} step {record['step']:,.0f} of {record['steps']:,.0f}, loss {record['loss']:.4f}, "
             f"{record['rows_per_second']:,.0f} rows/s, at most {left:.0f} s left"
@@ -377,6 +376,6 @@ class Progress:
         """Prints how many things are done, a line now and then."""
         now = time.time()
         if self.pace.due(now):
-            left = (total - done) * (now - self.began) / max(1, done)
-            speed = f"{done / (now - self.began):,.1f} {self.things}/s"
+            left = (total - done) * (now - self.pace.began) / max(1, done)
+            speed = f"{done / (now - self.pace.began):,.1f} {self.things}/s"
             say(f"{self.stage:10} {done:,} of {total:,} {self.things}, {speed}, {left:.0f} s left")

@@ -83,13 +83,16 @@ class Plan:
     @property
     def places(self) -> list[dict[str, float]]:
         """What Ray must have room for at a time: all training processes, and a task that reads for them."""
-        reader = {"CPU": READER_CPUS} | ({"memory": self.reader_bytes} if self.reader_bytes else {})
-        return [self.worker_resources] * self.workers + [reader]
+        return [self.worker_resources] * self.workers + [{"CPU": READER_CPUS} | self._reader_memory]
 
     @property
     def reader_resources(self) -> dict[str, float]:
         """What Ray reserves for each task that reads the log, as its options call it."""
-        return {"num_cpus": READER_CPUS} | ({"memory": self.reader_bytes} if self.reader_bytes else {})
+        return {"num_cpus": READER_CPUS} | self._reader_memory
+
+    @property
+    def _reader_memory(self) -> dict[str, int]:
+        return {"memory": self.reader_bytes} if self.reader_bytes else {}
 
     def wait_for_places(self) -> None:
         """Returns when the nodes have all `places`: some may leave while nobody trains.

@@ -119,7 +119,9 @@ class Trainer(TorchTrainer):
         """Not the one that asks the dashboard every second whether all is well: where there is none, as in a local Ray,
         a training ends twelve seconds late, when it has waited long enough for an answer."""
         callbacks = super()._create_default_callbacks()
-        return [c for c in callbacks if has_dashboard() or not isinstance(c, PlacementGroupCleanerCallback)]
+        if has_dashboard():
+            return callbacks
+        return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Not at all: it would end the job as if all were well, now and in every later stage."""

@@ -4,7 +4,6 @@ import pytest
 
 from ctrdist.errors import UserError
 from raycluster import planning
-from raycluster.cluster import check_path
 from raycluster.planning import Plan, PlanConfig, make_plan, plan_trials
 
 GIB = 2**30
@@ -193,12 +192,6 @@ def test_gpus_that_never_come_are_an_error_and_fewer_are_not(on):
 def test_a_negative_number_is_refused():
     with pytest.raises(UserError, match="plan.readers: -1 is under 0"):
         PlanConfig(readers=-1)
-
-
-def test_keys_in_an_address_are_refused():
-    with pytest.raises(UserError, match=r"--state s3://\*\*\*@bucket/state: keys in an address"):
-        check_path("--state", "s3://KEY:SECRET@bucket/state")
-    check_path("--state", "hdfs://namenode:9000/user@x/state")
 
 
 def test_the_plan_in_three_lines(on):
